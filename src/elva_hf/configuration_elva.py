@@ -1,0 +1,197 @@
+"""ElvaConfig: every number of the paper that belongs to a model, each with its section.
+
+Numbers of training (learning rates, batch sizes, data) belong to the recipes. What the paper leaves
+open is listed with its reason in `docs/paper-gaps.md`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .errors_elva import ConfigurationError
+
+SPECIAL_TOKENS = {
+    "video_start_token": "<|vision_start|>",
+    "video_end_token": "<|vision_end|>",
+    "video_token": "<video>",
+    "frame_token": "<FRAME>",
+    "line_token": "<LINE>",
+    "image_token": "<image>",
+}
+"""Config key (without `_id`) of each special token, and its default spelling (section 3.1)."""
+
+TOKEN_ID_FIELDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)
+
+
+@strict
+class ElvaConfig(PreTrainedConfig):
+    """Configuration of an ELVA model: a causal text decoder and the patch embedding in front of it.
+
+    Args:
+        text_config: Configuration of the decoder, any Llama-like `model_type`; Qwen2 if none is named (section 4).
+        patch_size: Side of a square patch in pixels. 28 is derived from the token counts of Table 6.
+        patch_embed_type: `"video"` with the cross-attention of section 3.1, `"naive"` without it (Table 3).
+        patch_embed_dim: Width between the two linear layers. 1024 is derived from "9M parameters" (section 3.1).
+        patch_embed_num_heads: Attention heads of the cross-attention; must divide `patch_embed_dim`.
+        patch_embed_residual: Whether the `<FRAME>` / `<LINE>` query is added to what it attends to.
+        patch_embed_norm: Whether patches and queries pass a LayerNorm before the cross-attention.
+        patch_embed_output_projection: Whether the cross-attention has an output projection.
+        patch_embed_positions: Learned row and column embeddings added to patches: the number of rows and
+            columns in the tables, or 0 for none. Not in the paper.
+        merge_schedule: Hierarchical merging (section 3.1); `"none"` is the only value so far.
+        similarity_threshold: tau of Eq. 1 (section 3.1).
+        target_ratio: Kept over input tokens of a deep merge; "50%" in section 3.1.
+        longest_edge: Ceiling of a frame's longest side in pixels (section 4: 448 in pretraining, 672 in SFT, 1344 HD).
+        low_res_longest_edge: The same for low-resolution frames (section 4: 336).
+        num_high_res_frames: High-resolution frames of a video at inference (section 4: 32).
+        num_low_res_frames: Low-resolution frames of a video at inference (section 4: 32).
+        video_start_token_id: Token before the first frame of a video or image.
+        video_end_token_id: Token after the last frame of a video or image.
+        video_token_id: Token that stands for one patch; also the placeholder in text.
+        frame_token_id: `<FRAME>`, at the start of each frame (section 3.1).
+        line_token_id: `<LINE>`, at the end of each row of patches (section 3.1).
+        image_token_id: Placeholder of an image in text; the processor always expands it.
+
+    Raises:
+        ConfigurationError: A value no model can have.
+
+    Example:
+        >>> ElvaConfig.from_preset("elva-7b").text_config.hidden_size
+        3584
+    """
+
+    model_type = "elva"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2")}
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    patch_size: int = 28
+    patch_embed_type: str = "video"
+    patch_embed_dim: int = 1024
+    patch_embed_num_heads: int = 16
+    patch_embed_residual: bool = True
+    patch_embed_norm: bool = False
+    patch_embed_output_projection: bool = False
+    patch_embed_positions: int = 0
+    merge_schedule: str = "none"
+    similarity_threshold: float = 0.6
+    target_ratio: float = 0.5
+    longest_edge: int = 672
+    low_res_longest_edge: int = 336
+    num_high_res_frames: int = 32
+    num_low_res_frames: int = 32
+    video_start_token_id: int = 151652
+    video_end_token_id: int = 151653
+    video_token_id: int = 151646
+    frame_token_id: int = 151647
+    line_token_id: int = 151648
+    image_token_id: int = 151649
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        super().__post_init__(**kwargs)
+        if self.text_config.tie_word_embeddings:
+            self.tie_word_embeddings = True
+
+    def validate_architecture(self) -> None:
+        """Check what the types of the fields cannot say; run at construction."""
+        if self.merge_schedule != "none":
+            raise ConfigurationError(
+                f"merge_schedule={self.merge_schedule!r} is not known; this version runs 'none' only."
+            )
+        if self.patch_embed_type not in ("video", "naive"):
+            raise ConfigurationError(f"patch_embed_type={self.patch_embed_type!r}: expected 'video' or 'naive'.")
+        if self.patch_embed_dim % self.patch_embed_num_heads:
+            raise ConfigurationError(
+                f"patch_embed_num_heads={self.patch_embed_num_heads} does not divide "
+                f"patch_embed_dim={self.patch_embed_dim}; choose a divisor."
+            )
+        for name in ("patch_size", "patch_embed_dim", "longest_edge", "low_res_longest_edge"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name}={getattr(self, name)}: expected a positive number.")
+        ids = [getattr(self, name) for name in TOKEN_ID_FIELDS]
+        if len(set(ids)) != len(ids):
+            raise ConfigurationError(f"special token ids must differ, got {dict(zip(TOKEN_ID_FIELDS, ids, strict=True))}.")
+
+    @property
+    def special_token_ids(self) -> list[int]:
+        """Ids a model must never generate: all visual tokens and the image placeholder."""
+        return [getattr(self, name) for name in TOKEN_ID_FIELDS]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> ElvaConfig:
+        """Build the configuration of a model of the paper (section 4), or the shipped tiny one.
+
+        Args:
+            name: `"elva-1.5b"`, `"elva-7b"`, `"elva-7b-hd"` or `"tiny"`.
+            **overrides: Fields to change.
+
+        Raises:
+            ConfigurationError: `name` is no preset.
+        """
+        if name not in PRESETS:
+            raise ConfigurationError(f"preset {name!r} is not known; choose one of {', '.join(PRESETS)}.")
+        fields = {key: dict(value) if isinstance(value, dict) else value for key, value in PRESETS[name].items()}
+        return cls(**{**fields, **overrides})
+
+
+_QWEN2_1_5B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+}
+_QWEN2_7B = {
+    **_QWEN2_1_5B,
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+_TINY = {
+    "model_type": "qwen2",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": True,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "elva-1.5b": {"text_config": _QWEN2_1_5B},
+    "elva-7b": {"text_config": _QWEN2_7B},
+    "elva-7b-hd": {"text_config": _QWEN2_7B, "longest_edge": 1344},
+    "tiny": {
+        "text_config": _TINY,
+        "patch_size": 16,
+        "patch_embed_dim": 128,
+        "patch_embed_num_heads": 4,
+        "longest_edge": 64,
+        "low_res_longest_edge": 32,
+        "num_high_res_frames": 8,
+        "num_low_res_frames": 0,
+        "video_start_token_id": 506,
+        "video_end_token_id": 507,
+        "video_token_id": 508,
+        "frame_token_id": 509,
+        "line_token_id": 510,
+        "image_token_id": 511,
+    },
+}

@@ -1,0 +1,207 @@
+"""Where every visual token stands: frame, row, column, video and tube, read from the token ids alone.
+
+`input_ids` is the only carrier of geometry that survives generate(), beams, continuations and remote
+callers, so nothing else is trusted. Letters: `B` samples, `N` tokens, `P` patches, `F` frames, `L` rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors_elva import PlaceholderError
+
+TEXT, VIDEO_START, VIDEO_END, PATCH, FRAME, LINE = range(6)
+
+_GRID_BITS = 12  # rows and columns of a frame stay below 4096, so a tube id fits in 64 bits
+
+
+@dataclass(frozen=True)
+class VisualGeometry:
+    """Positions of the visual tokens of a batch, flat over `B * N`, and how they hang together.
+
+    Args:
+        patch_index: `(P,)` flat index of each patch token.
+        frame_index: `(F,)` flat index of each `<FRAME>` token.
+        line_index: `(L,)` flat index of each `<LINE>` token.
+        patch_frame: `(P,)` frame of each patch, `0..F-1` over the batch.
+        patch_line: `(P,)` row of each patch, `0..L-1` over the batch.
+        patch_row: `(P,)` row of each patch in its frame.
+        patch_column: `(P,)` column of each patch in its row.
+        patch_video: `(P,)` video of each patch, counted over the batch.
+        frame_rows: `(F,)` rows of each frame.
+        frame_columns: `(F,)` patches in a row of each frame.
+        tube_ids: `(B, N)` equal for patches at the same place of the same grid of the same video;
+            every other token has a tube of its own (negative).
+    """
+
+    patch_index: Tensor
+    frame_index: Tensor
+    line_index: Tensor
+    patch_frame: Tensor
+    patch_line: Tensor
+    patch_row: Tensor
+    patch_column: Tensor
+    patch_video: Tensor
+    frame_rows: Tensor
+    frame_columns: Tensor
+    tube_ids: Tensor
+
+    @property
+    def num_patches(self) -> int:
+        return self.patch_index.shape[0]
+
+    @property
+    def num_frames(self) -> int:
+        return self.frame_index.shape[0]
+
+    @property
+    def num_lines(self) -> int:
+        return self.line_index.shape[0]
+
+
+def token_kinds(input_ids: Tensor, kind_ids: dict[int, int]) -> Tensor:
+    """Classify tokens by id.
+
+    Args:
+        input_ids: `(B, N)` token ids.
+        kind_ids: Token id of each kind, for example `{PATCH: 508, FRAME: 509, ...}`.
+
+    Returns:
+        `(B, N)` int64, one of `TEXT VIDEO_START VIDEO_END PATCH FRAME LINE`.
+    """
+    kinds = torch.zeros_like(input_ids, dtype=torch.long)
+    for kind, token_id in kind_ids.items():
+        kinds = kinds.masked_fill(input_ids == token_id, kind)
+    return kinds
+
+
+def token_kinds_from_embeddings(inputs_embeds: Tensor, kind_rows: dict[int, Tensor]) -> Tensor:
+    """Classify tokens by comparing their embeddings with the rows of the special tokens.
+
+    Args:
+        inputs_embeds: `(B, N, D)` token embeddings.
+        kind_rows: `(D,)` embedding row of each kind.
+
+    Returns:
+        `(B, N)` int64 kinds, as `token_kinds`.
+    """
+    kinds = torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+    for kind, row in kind_rows.items():
+        kinds = kinds.masked_fill((inputs_embeds == row).all(-1), kind)
+    return kinds
+
+
+def read_geometry(kinds: Tensor) -> VisualGeometry | None:
+    """Derive the geometry of a batch from the kinds of its tokens, with one device-to-host copy.
+
+    A frame is `<FRAME>` and then rows of equally many patches, each closed by `<LINE>`. Frames stand
+    between a video start and a video end; text may stand between frames.
+
+    Args:
+        kinds: `(B, N)` from `token_kinds`.
+
+    Returns:
+        The geometry, or None if the batch holds no visual token.
+
+    Raises:
+        PlaceholderError: A frame is cut, ragged, or outside the borders of a video.
+    """
+    patch, frame, line = kinds == PATCH, kinds == FRAME, kinds == LINE
+    starts = (kinds == VIDEO_START).cumsum(1)
+    inside = starts - (kinds == VIDEO_END).cumsum(1) == 1
+    video = _video_numbers(starts)
+    malformed = find_malformed(patch.flatten(), frame.flatten(), line.flatten(), inside.flatten(), video)
+    counts = torch.stack([patch.sum(), frame.sum(), line.sum(), malformed.sum()]).tolist()
+    if not any(counts):
+        return None
+    if counts[-1]:
+        _raise_malformed(malformed.view_as(kinds))
+    return _build_geometry(patch.flatten(), frame.flatten(), line.flatten(), video, counts[:3], kinds.shape)
+
+
+def find_malformed(patch: Tensor, frame: Tensor, line: Tensor, inside: Tensor, video: Tensor) -> Tensor:
+    """Mark the visual tokens that are in no frame, in a ragged row or outside a video; no host sync.
+
+    Args:
+        patch: `(B * N,)` bool, and so `frame`, `line`.
+        inside: `(B * N,)` bool, between a video start and its end.
+        video: `(B * N,)` number of the video each token is in.
+
+    Returns:
+        `(B * N,)` bool, True for a token that breaks the form of a frame.
+    """
+    visual = patch | frame | line
+    position = torch.arange(patch.numel(), device=patch.device)
+    border = torch.where(frame | line, position, 0).cummax(0).values.roll(1)  # last <FRAME> or <LINE> before a token
+    patches_seen = patch.cumsum(0)
+    row_length = patches_seen - patches_seen[border]
+    first_row = line & frame[border]
+
+    frame_number = frame.cumsum(0)  # 0 before the first frame
+    table = torch.zeros(patch.numel() + 1, dtype=torch.long, device=patch.device)
+    columns = table.index_add(0, frame_number, row_length * first_row)
+    rows = table.index_add(0, frame_number, line.long())
+    patches = table.index_add(0, frame_number, patch.long())
+    frame_video = table.index_add(0, frame_number, video * frame)
+    stray = ~inside | (frame_number == 0) | (video != frame_video[frame_number])
+    ragged = line & (row_length != columns[frame_number])
+    cut = (rows * columns != patches) | (patches == 0)
+    return visual & (stray | ragged | cut[frame_number])
+
+
+def _build_geometry(
+    patch: Tensor, frame: Tensor, line: Tensor, video: Tensor, sizes: list[int], shape: torch.Size
+) -> VisualGeometry:
+    num_patches, num_frames, num_lines = sizes
+    patch_index = torch.nonzero_static(patch, size=num_patches).squeeze(1)
+    frame_index = torch.nonzero_static(frame, size=num_frames).squeeze(1)
+    line_index = torch.nonzero_static(line, size=num_lines).squeeze(1)
+
+    patch_frame = frame.cumsum(0)[patch_index] - 1
+    patch_line = line.cumsum(0)[patch_index]
+    line_frame = frame.cumsum(0)[line_index] - 1
+    frame_rows = torch.zeros_like(frame_index).index_add(0, line_frame, torch.ones_like(line_frame))
+    frame_patches = torch.zeros_like(frame_index).index_add(0, patch_frame, torch.ones_like(patch_frame))
+    frame_columns = frame_patches // frame_rows
+
+    order = torch.arange(num_patches, device=patch.device) - (frame_patches.cumsum(0) - frame_patches)[patch_frame]
+    columns = frame_columns[patch_frame]
+    patch_row, patch_column = order // columns, order % columns
+    patch_video = video[patch_index]
+
+    place = patch_video
+    for part in (frame_rows[patch_frame], columns, patch_row, patch_column):
+        place = (place << _GRID_BITS) + part
+    own_tube = -1 - torch.arange(patch.numel(), device=patch.device)
+    return VisualGeometry(
+        patch_index=patch_index,
+        frame_index=frame_index,
+        line_index=line_index,
+        patch_frame=patch_frame,
+        patch_line=patch_line,
+        patch_row=patch_row,
+        patch_column=patch_column,
+        patch_video=patch_video,
+        frame_rows=frame_rows,
+        frame_columns=frame_columns,
+        tube_ids=own_tube.index_copy(0, patch_index, place).view(shape),
+    )
+
+
+def _video_numbers(starts: Tensor) -> Tensor:
+    """Number the videos of all samples consecutively: `(B * N,)`, meaningful inside a video only."""
+    per_sample = starts[:, -1]
+    earlier = per_sample.cumsum(0) - per_sample
+    return (starts - 1 + earlier[:, None]).flatten()
+
+
+def _raise_malformed(malformed: Tensor) -> None:
+    sample, position = malformed.nonzero()[0].tolist()
+    raise PlaceholderError(
+        f"sample {sample}, token {position}: a visual token stands outside a complete frame. A frame is <FRAME>, then "
+        "rows of equally many patches, each closed by <LINE>, between a video start and a video end. Build inputs with "
+        "ElvaProcessor, and do not truncate or split them inside a video."
+    )

@@ -1,0 +1,379 @@
+"""ELVA: a causal text decoder that sees video without a vision encoder (section 3.1)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig
+from .embedding_elva import ElvaPatchEmbedding
+from .errors_elva import CheckpointError, ConfigurationError, PlaceholderError
+from .geometry_elva import (
+    FRAME,
+    LINE,
+    PATCH,
+    VIDEO_END,
+    VIDEO_START,
+    VisualGeometry,
+    read_geometry,
+    token_kinds,
+    token_kinds_from_embeddings,
+)
+
+
+class ElvaPreTrainedModel(PreTrainedModel):
+    """What transformers must know of every ELVA class."""
+
+    config: ElvaConfig
+    base_model_prefix = "model"
+    input_modalities = ("video", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules: list[str] = []  # the decoder brings its own
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False  # a prefill with video reads its geometry on the host
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ElvaPatchEmbedding):
+            init.normal_(module.special_tokens, std=self.config.initializer_range)
+            if module.positions is not None:
+                init.normal_(module.positions, std=self.config.initializer_range)
+
+
+class ElvaModel(ElvaPreTrainedModel):
+    """The decoder without its language-model head: tokens and pixels to hidden states."""
+
+    def __init__(self, config: ElvaConfig):
+        super().__init__(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.patch_embed = ElvaPatchEmbedding(config, config.text_config.hidden_size)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_video_features(
+        self, pixel_values_videos: Tensor, patches_per_video: list[int] | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Encode pixels as far as no geometry is needed: the first linear of the patch embedding.
+
+        Args:
+            pixel_values_videos: `(P, 3 * patch_size**2)` normalised patches of all videos, in order.
+            patches_per_video: Patches of each video, to return them apart; one tensor if None.
+
+        Returns:
+            `pooler_output`: tuple of `(patches, patch_embed_dim)` tensors.
+        """
+        self._check_pixels(pixel_values_videos)
+        features = self.patch_embed.encode_pixels(pixel_values_videos)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=features.split(patches_per_video or [features.shape[0]])
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        merge_schedule: str | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the decoder over text and video.
+
+        Args:
+            input_ids: `(B, N)` token ids; geometry is read from them.
+            pixel_values_videos: `(P, 3 * patch_size**2)` one row for each patch token of `input_ids`, in order.
+            attention_mask: `(B, N)` 1 for a real token, or a ready 4-D mask.
+            position_ids: `(B, N)` position of each token.
+            past_key_values: Keys and values of earlier tokens.
+            inputs_embeds: `(B, N, D)` instead of `input_ids`; visual tokens hold the rows of their special token.
+            mm_encoder_outputs: Output of `get_video_features` under the key `"video"`, instead of pixels.
+            use_cache: Whether to return keys and values.
+            merge_schedule: Overrides `config.merge_schedule`; `"none"` is the only value so far.
+            **kwargs: Passed to the decoder.
+
+        Raises:
+            PlaceholderError: Pixels and patch tokens do not match, or a frame is malformed.
+            ConfigurationError: `merge_schedule` is not known.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise PlaceholderError("give exactly one of input_ids and inputs_embeds.")
+        if merge_schedule not in (None, "none"):
+            raise ConfigurationError(f"merge_schedule={merge_schedule!r} is not known; this version runs 'none' only.")
+        features = self._video_features(pixel_values_videos, mm_encoder_outputs)
+        geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if geometry is not None:
+            inputs_embeds = self._place_visual_embeddings(inputs_embeds, features, geometry)
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        width = 3 * self.config.patch_size**2
+        if pixels.ndim != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
+            raise PlaceholderError(
+                f"pixel_values_videos has shape {tuple(pixels.shape)} and dtype {pixels.dtype}; expected floating point "
+                f"(num_patches, {width}) for patch_size={self.config.patch_size}. Use the processor of this checkpoint."
+            )
+
+    def _video_features(self, pixels: Tensor | None, mm_encoder_outputs: dict | None) -> Tensor | None:
+        encoded = (mm_encoder_outputs or {}).get("video")
+        if pixels is not None and encoded is not None:
+            raise PlaceholderError("give pixel_values_videos or mm_encoder_outputs, not both.")
+        if encoded is not None:
+            return torch.cat(list(encoded.pooler_output))
+        if pixels is None:
+            return None
+        self._check_pixels(pixels)
+        return self.patch_embed.encode_pixels(pixels)
+
+    def _geometry(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None, features: Tensor | None
+    ) -> VisualGeometry | None:
+        """Read the geometry and check it against the pixels; a decode step of one token is not read at all."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if features is None and tokens.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
+            return None
+        geometry = read_geometry(self._token_kinds(input_ids, inputs_embeds))
+        num_patches = 0 if geometry is None else geometry.num_patches
+        num_features = 0 if features is None else features.shape[0]
+        if num_patches != num_features:
+            raise PlaceholderError(
+                f"{num_patches} patch tokens in the input but pixels for {num_features}. Pass input_ids and "
+                "pixel_values_videos from the same processor call; with a filled cache, pass the pixels of the new "
+                "videos only."
+            )
+        return geometry
+
+    def _token_kinds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        config = self.config
+        ids = {
+            VIDEO_START: config.video_start_token_id,
+            VIDEO_END: config.video_end_token_id,
+            PATCH: config.video_token_id,
+            FRAME: config.frame_token_id,
+            LINE: config.line_token_id,
+        }
+        if input_ids is not None:
+            return token_kinds(input_ids, ids)
+        table = self.get_input_embeddings()
+        rows = table(torch.tensor(list(ids.values()), device=inputs_embeds.device)).to(inputs_embeds.dtype)
+        return token_kinds_from_embeddings(inputs_embeds, dict(zip(ids, rows, strict=True)))
+
+    def _place_visual_embeddings(self, inputs_embeds: Tensor, features: Tensor, geometry: VisualGeometry) -> Tensor:
+        features = features.to(inputs_embeds.device)
+        embeddings = torch.cat(self.patch_embed(features, geometry)).to(inputs_embeds.dtype)
+        where = torch.cat([geometry.patch_index, geometry.frame_index, geometry.line_index])
+        return inputs_embeds.flatten(0, 1).index_copy(0, where, embeddings).view_as(inputs_embeds)
+
+
+class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
+    """ELVA with a language-model head: answers in text about text and video."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: ElvaConfig):
+        super().__init__(config)
+        self.model = ElvaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+        self.generation_config.suppress_tokens = config.special_token_ids
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `ElvaModel.get_video_features`."""
+        return self.model.get_video_features(pixel_values_videos, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        merge_schedule: str | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder and the head; arguments as `ElvaModel.forward`, and:
+
+        Args:
+            labels: `(B, N)` token ids to predict, -100 where there is nothing to learn (L_Gen of Eq. 4).
+            logits_to_keep: Compute logits for the last so many positions, or for these positions; 0 for all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values_videos=pixel_values_videos,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            merge_schedule=merge_schedule,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate as transformers does; right-padded prompts are turned to the left first.
+
+        A decoder continues the last position of a row, so padding must stand on the left. Rows of a
+        right-padded batch are rotated, which is exact; the returned prompts are then left-padded.
+        """
+        input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        fresh = kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
+        if fresh and input_ids is not None and mask is not None and mask.shape == input_ids.shape:
+            kwargs["input_ids"], kwargs["attention_mask"] = turn_padding_left(input_ids, mask)
+            inputs = None
+        return super().generate(inputs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Repeat each sample's videos with it; videos whose tokens the cache already holds are dropped."""
+        encoded = model_kwargs.pop("mm_encoder_outputs", None)
+        if encoded and encoded.get("video") is not None:
+            per_sample = self._split_features_by_sample(encoded["video"], input_ids, model_kwargs)
+            repeated = [features for features in per_sample for _ in range(expand_size)]
+            encoded = {"video": BaseModelOutputWithPooling(pooler_output=repeated)}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "mm_encoder_outputs": encoded}
+
+    def _split_features_by_sample(
+        self, encoded: BaseModelOutputWithPooling, input_ids: Tensor | None, model_kwargs: dict[str, Any]
+    ) -> list[Tensor]:
+        features = torch.cat(list(encoded.pooler_output))
+        ids = input_ids if input_ids is not None and input_ids.numel() else None
+        kinds = self.model._token_kinds(ids, None if ids is not None else model_kwargs.get("inputs_embeds"))
+        cache = model_kwargs.get("past_key_values")
+        seen = cache.get_seq_length() if cache is not None else 0
+        total = (kinds == PATCH).sum(1).tolist()
+        new = (kinds[:, seen:] == PATCH).sum(1).tolist()
+        if features.shape[0] == sum(new):
+            return list(features.split(new))
+        if features.shape[0] == sum(total):
+            return [part[len(part) - count :] for part, count in zip(features.split(total), new, strict=True)]
+        raise PlaceholderError(
+            f"pixels for {features.shape[0]} patches, but the prompt has {sum(total)} patch tokens, {sum(new)} of them "
+            "not in the cache. Pass input_ids and pixel_values_videos from the same processor call."
+        )
+
+    @classmethod
+    def from_text_model(
+        cls, path_or_model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **config: Any
+    ) -> ElvaForCausalLM:
+        """Put a fresh visual front end on an existing text model.
+
+        The decoder keeps its weights; the patch embedding and the rows of new tokens are random, so the
+        model must be trained before it can see.
+
+        Args:
+            path_or_model: A causal language model, or what `AutoModelForCausalLM.from_pretrained` takes.
+            tokenizer: Its tokenizer; missing special tokens are added to it. Needed unless `config` names every id.
+            **config: Fields of `ElvaConfig`.
+
+        Raises:
+            CheckpointError: The model has no decoder embeddings of the usual form.
+            ConfigurationError: Neither a tokenizer nor the special token ids are given.
+        """
+        text = path_or_model
+        if not isinstance(text, PreTrainedModel):
+            text = AutoModelForCausalLM.from_pretrained(text, use_safetensors=True)
+        ids = add_special_tokens(tokenizer) if tokenizer is not None else {}
+        missing = [name for name in TOKEN_ID_FIELDS if name not in {**ids, **config}]
+        if missing:
+            raise ConfigurationError(f"give the model's tokenizer, or set {', '.join(missing)}.")
+        config = ElvaConfig(text_config=text.config, **{**ids, **config})
+        if max(config.special_token_ids) >= text.config.vocab_size:
+            text.resize_token_embeddings(max(config.special_token_ids) + 1)
+        if getattr(text, "base_model", text) is text or text.get_output_embeddings() is None:
+            raise CheckpointError(f"{type(text).__name__} is no causal language model with a head; cannot build on it.")
+        model = cls(config).to(text.dtype)
+        model.model.language_model.load_state_dict(text.base_model.state_dict())
+        model.lm_head.load_state_dict(text.get_output_embeddings().state_dict())
+        model.tie_weights()
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            setattr(model.generation_config, name, getattr(text.generation_config, name))
+        return model
+
+
+def turn_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate the rows of a right-padded batch so that their padding stands on the left.
+
+    Args:
+        input_ids: `(B, N)`.
+        attention_mask: `(B, N)`, 0 for padding.
+
+    Returns:
+        Both, rotated row by row; a left-padded batch comes back unchanged.
+    """
+    length = attention_mask.shape[1]
+    trailing = (attention_mask.flip(1) != 0).int().argmax(1)
+    order = (torch.arange(length, device=attention_mask.device) - trailing[:, None]) % length
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def add_special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Add the visual tokens a tokenizer lacks; returns the id of each under its config key."""
+    have = tokenizer.get_vocab()
+    new = [token for token in SPECIAL_TOKENS.values() if token not in have]
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    return {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL_TOKENS.items()}
