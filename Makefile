@@ -1,0 +1,51 @@
+# The two commands of the README are `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+TINY = src/elva_hf/checkpoints/tiny
+
+.PHONY: demo test lint check format tiny eval mixins clean
+
+demo: $(VENV)/.installed  ## ask the shipped checkpoint about the shipped clip
+	$(BIN)/elva ask $(TINY)/demo.mp4 \
+	  "What color is the square?" \
+	  "Is there a white flash?"
+
+test: $(VENV)/.tested  ## run the test suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.tested
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --config setup.cfg
+
+check: lint test  ## what a change must pass
+
+format: $(VENV)/.tested
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+tiny: $(VENV)/.tested  ## retrain the shipped checkpoint into runs/tiny
+	$(BIN)/python -m elva_hf.training.toy --recipe tiny --out runs/tiny
+
+eval: $(VENV)/.tested  ## both held-out tables of the shipped checkpoint
+	$(BIN)/elva eval toy-world
+
+mixins: $(VENV)/.tested  ## transformers' own common tests on our classes; downloads its sdist
+	$(BIN)/python scripts/run_mixins.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.cfg constraints.txt
+	$(PIP) torch
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(PIP) --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

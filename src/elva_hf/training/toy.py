@@ -1,0 +1,333 @@
+"""Train a small ELVA on the procedural world with HF `Trainer`, on a CPU if need be.
+
+    python -m elva_hf.training.toy --recipe tiny --out runs/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from elva_hf.configuration_elva import ElvaConfig
+from elva_hf.data.collator import IGNORED, PackedRow, pack_rows
+from elva_hf.data.toy_teacher import toy_teacher_features
+from elva_hf.data.toy_tokenizer import build_toy_tokenizer
+from elva_hf.data.toy_world import TASKS, questions, render, sample_scene, through_codec
+from elva_hf.errors_elva import ConfigurationError
+from elva_hf.geometry_elva import read_geometry
+from elva_hf.modeling_elva import ElvaForCausalLM
+from elva_hf.training.losses import tube_alignment_loss
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ToyStage:
+    """One stage of a toy recipe: what is shown, for how long, and how it is learned.
+
+    Args:
+        name: Name in logs.
+        num_frames: Frames of a video; 1 for images.
+        max_steps: Optimiser steps.
+        batch_size: Videos in a step.
+        learning_rate: Peak of the cosine schedule.
+        warmup_steps: Steps of linear warm-up.
+        single_share: Share of scenes with one object.
+        codec_share: Share of videos that pass through H.264 on their way.
+        tube_alignment_weight: Weight of L_MSE (Eq. 2) to the hand-made teacher; 0 for none.
+        focus: Tasks asked more often than the others, and how many times as often.
+    """
+
+    name: str
+    num_frames: int
+    max_steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    single_share: float
+    codec_share: float
+    tube_alignment_weight: float
+    focus: dict[str, float] | None = None
+
+
+def read_recipe(name_or_path: str) -> tuple[dict[str, Any], list[ToyStage]]:
+    """Read a toy recipe: a name of `training/recipes/` or a path.
+
+    Raises:
+        ConfigurationError: A field is unknown, missing or of the wrong type.
+    """
+    packaged = resources.files("elva_hf.training.recipes") / f"{name_or_path}.yaml"
+    text = packaged.read_text() if packaged.is_file() else Path(name_or_path).read_text()
+    recipe = yaml.safe_load(text)
+    stages = [_read_stage(stage, name_or_path) for stage in recipe.pop("stages")]
+    return recipe, stages
+
+
+def _read_stage(values: dict[str, Any], where: str) -> ToyStage:
+    names = {field.name: field for field in fields(ToyStage)}
+    if unknown := values.keys() - names.keys():
+        raise ConfigurationError(f"{where}: stage has unknown fields {sorted(unknown)}; known are {sorted(names)}.")
+    for name, value in values.items():
+        wanted = str(names[name].type)
+        if wanted in ("int", "float") and not isinstance(value, (int, float) if wanted == "float" else int):
+            raise ConfigurationError(f"{where}: {name}={value!r} is no {wanted}; write floats as 4.0e-5.")
+    return ToyStage(**values)
+
+
+def frames_to_patches(frames: np.ndarray, patch_size: int) -> Tensor:
+    """Cut `(T, H, W, 3)` uint8 frames into `(T * rows * columns, 3 * patch_size**2)` normalised patches."""
+    t, h, w, _ = frames.shape
+    grid = torch.from_numpy(frames).view(t, h // patch_size, patch_size, w // patch_size, patch_size, 3)
+    return grid.permute(0, 1, 3, 5, 2, 4).reshape(-1, 3 * patch_size**2).float() / 127.5 - 1
+
+
+class ToyDataset(Dataset):
+    """Videos of the world with their questions; item `i` depends on the seed and `i` alone.
+
+    Args:
+        stage: What to show.
+        tokenizer: The world's tokenizer.
+        length: Number of videos.
+        seed: First scene seed.
+        split: Split of the world.
+        num_questions: Questions drawn for each video.
+        patch_size: Side of a patch.
+    """
+
+    def __init__(
+        self, stage: ToyStage, tokenizer: Any, *, length: int, seed: int, split: str, num_questions: int, patch_size: int
+    ):
+        self.stage, self.tokenizer, self.length = stage, tokenizer, length
+        self.seed, self.split, self.num_questions, self.patch_size = seed, split, num_questions, patch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = random.Random(self.seed * 1_000_003 + index)
+        single = rng.random() < self.stage.single_share
+        scene = sample_scene(self.seed + index, num_frames=self.stage.num_frames, split=self.split, single=single)
+        clean = render(scene)
+        frames = through_codec(clean) if rng.random() < self.stage.codec_share else clean
+        asked = draw_questions(questions(scene), self.num_questions, rng, self.stage.focus or {})
+        grid = (frames.shape[1] // self.patch_size, frames.shape[2] // self.patch_size)
+        return {
+            "row": encode_turns(self.tokenizer, len(frames), grid, [(q.text, q.answer) for q in asked]),
+            "patches": frames_to_patches(frames, self.patch_size),
+            "teacher": torch.from_numpy(toy_teacher_features(clean, self.patch_size)).flatten(0, 2),
+            "tasks": [q.task for q in asked],
+        }
+
+
+def draw_questions(asked: Sequence[Any], number: int, rng: random.Random, focus: dict[str, float]) -> list[Any]:
+    """Draw questions without repetition: first a task, by weight, then one of its questions."""
+    by_task: dict[str, list[Any]] = {}
+    for question in asked:
+        by_task.setdefault(question.task, []).append(question)
+    for pool in by_task.values():
+        rng.shuffle(pool)
+    drawn = []
+    while by_task and len(drawn) < number:
+        tasks = sorted(by_task)
+        task = rng.choices(tasks, [focus.get(name, 1.0) for name in tasks])[0]
+        drawn.append(by_task[task].pop())
+        if not by_task[task]:
+            del by_task[task]
+    return drawn
+
+
+def encode_turns(
+    tokenizer: Any, num_frames: int, grid: tuple[int, int], turns: Sequence[tuple[str, str]]
+) -> PackedRow:
+    """Tokenise one video and its questions exactly as the processor does a single chat turn."""
+    rows, columns = grid
+    frame = "<FRAME>" + ("<video>" * columns + "<LINE>") * rows
+    prefix = "<|im_start|>user\n<|vision_start|>" + frame * num_frames + "<|vision_end|>"
+    encoded = tokenizer([prefix], add_special_tokens=False)["input_ids"][0]
+    asked = tokenizer([f"{text}<|im_end|>\n<|im_start|>assistant\n" for text, _ in turns], add_special_tokens=False)
+    answers = tokenizer([f"{answer}<|im_end|>" for _, answer in turns], add_special_tokens=False)
+    return PackedRow(encoded, list(zip(asked["input_ids"], answers["input_ids"], strict=True)))
+
+
+def collate(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
+    """Batch the items of a `ToyDataset`."""
+    return {
+        **pack_rows([item["row"] for item in items], pad_token_id),
+        "pixel_values_videos": torch.cat([item["patches"] for item in items]),
+        "teacher_features": torch.cat([item["teacher"] for item in items]),
+    }
+
+
+class ToyTrainer(Trainer):
+    """HF Trainer that adds L_MSE (Eq. 2) to the generative loss and logs both."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, tube_alignment_weight: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.tube_alignment_weight = tube_alignment_weight
+        self.parts: dict[str, list[float]] = {"loss_gen": [], "loss_mse": []}
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        teacher = inputs.pop("teacher_features")
+        weight = self.tube_alignment_weight
+        loss, outputs = super().compute_loss(
+            model, {**inputs, "output_hidden_states": weight > 0}, return_outputs=True, **kwargs
+        )
+        self.parts["loss_gen"].append(loss.item())
+        if weight:
+            geometry = read_geometry(model.model._token_kinds(inputs["input_ids"], None))
+            student = model.guidance(outputs.hidden_states[-1].flatten(0, 1)[geometry.patch_index])
+            mse = tube_alignment_loss(student, teacher, geometry)
+            self.parts["loss_mse"].append(mse.item())
+            loss = loss + weight * mse
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for name, values in self.parts.items():
+            if values and "loss" in logs:
+                logs[name] = round(sum(values) / len(values), 4)
+                values.clear()
+        super().log(logs, *args, **kwargs)
+
+
+class ToyValidation(TrainerCallback):
+    """Exact match of teacher-forced greedy answers on the validation split, every so many steps."""
+
+    def __init__(self, dataset: ToyDataset, every: int, pad_token_id: int, out: Path):
+        self.dataset, self.every, self.pad_token_id, self.out = dataset, every, pad_token_id, out
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            scores = validate(model, self.dataset, self.pad_token_id)
+            logger.info("%s step %d %s", self.dataset.stage.name, state.global_step, scores)
+            save(model, self.out / "last")
+
+
+@torch.no_grad()
+def validate(model: nn.Module, dataset: ToyDataset, pad_token_id: int, batch_size: int = 20) -> dict[str, float]:
+    """Share of answers that are right in every token, per task."""
+    model.eval()
+    right: dict[str, list[bool]] = {}
+    for start in range(0, len(dataset), batch_size):
+        items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = collate(items, pad_token_id)
+        labels = batch.pop("labels")
+        batch.pop("teacher_features")
+        guesses = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
+        wrong = (guesses != labels[:, 1:]) & (labels[:, 1:] != IGNORED)
+        for i, item in enumerate(items):
+            at = len(item["row"].prefix)
+            for task, (question, answer) in zip(item["tasks"], item["row"].turns, strict=True):
+                stop = at + len(question) + len(answer)
+                right.setdefault(task, []).append(not wrong[i, at - 1 : stop - 1].any())
+                at = stop
+    model.train()
+    return {task: round(float(np.mean(right[task])), 3) for task in TASKS if task in right}
+
+
+def save(model: ElvaForCausalLM, folder: Path) -> None:
+    """Save the student in bfloat16, without the head that only training needs."""
+    state = {name: value.bfloat16() for name, value in model.state_dict().items() if not name.startswith("guidance.")}
+    model.save_pretrained(folder, state_dict=state)
+
+
+def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], tokenizer: Any, out: Path) -> None:
+    """Train one stage through HF Trainer."""
+    common = {
+        "num_questions": recipe["questions_per_video"],
+        "patch_size": model.config.patch_size,
+    }
+    train = ToyDataset(
+        stage, tokenizer, length=stage.max_steps * stage.batch_size, seed=recipe["seed"], split="train", **common
+    )
+    held_out = ToyDataset(stage, tokenizer, length=200, seed=0, split="validation", **common)
+    arguments = TrainingArguments(
+        output_dir=str(out / stage.name),
+        max_steps=stage.max_steps,
+        per_device_train_batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=stage.warmup_steps,
+        adam_beta2=0.98,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_num_workers=1,
+        seed=recipe["seed"],
+        disable_tqdm=True,
+    )
+    trainer = ToyTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        data_collator=lambda items: collate(items, tokenizer.pad_token_id),
+        tube_alignment_weight=stage.tube_alignment_weight,
+        callbacks=[ToyValidation(held_out, 500, tokenizer.pad_token_id, out)],
+    )
+    trainer.train()
+
+
+def build_model(recipe: dict[str, Any], tokenizer: Any, teacher_width: int) -> ElvaForCausalLM:
+    """A fresh model of the recipe's preset, with the task head of L_MSE attached as `guidance`."""
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in {
+            "video_start": "<|vision_start|>",
+            "video_end": "<|vision_end|>",
+            "video": "<video>",
+            "frame": "<FRAME>",
+            "line": "<LINE>",
+            "image": "<image>",
+        }.items()
+    }
+    config = ElvaConfig.from_preset(recipe["preset"], **ids, **recipe.get("config", {}))
+    config.text_config.vocab_size = len(tokenizer)
+    model = ElvaForCausalLM._from_config(config, attn_implementation="eager")
+    hidden = config.text_config.hidden_size
+    model.guidance = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, teacher_width))
+    generation = model.generation_config
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a recipe from its first stage to its last and save the model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="tiny", help="name in training/recipes, or a path")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model and the log")
+    parser.add_argument("--seed", type=int, help="overrides the recipe's seed")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    recipe, stages = read_recipe(options.recipe)
+    recipe["seed"] = recipe["seed"] if options.seed is None else options.seed
+    set_seed(recipe["seed"])
+    tokenizer = build_toy_tokenizer()
+    probe = toy_teacher_features(np.zeros((1, 64, 64, 3), np.uint8), 16)
+    model = build_model(recipe, tokenizer, probe.shape[-1])
+    for stage in stages:
+        run_stage(model, stage, recipe, tokenizer, options.out)
+    save(model, options.out / "model")
+
+
+if __name__ == "__main__":
+    main()
