@@ -1,0 +1,1 @@
+"""Data: the procedural toy world, its tokenizer and its hand-made teacher."""
