@@ -4,9 +4,9 @@ Numbers of training (learning rates, batch sizes, data) belong to the recipes. W
 open is listed with its reason in `docs/paper-gaps.md`.
 """
 
-from __future__ import annotations
-
-from typing import Any
+# No `from __future__ import annotations` here: @strict does not check a type that is a string.
+import copy
+from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -78,8 +78,8 @@ class ElvaConfig(PreTrainedConfig):
     patch_embed_output_projection: bool = False
     patch_embed_positions: int = 0
     merge_schedule: str = "none"
-    similarity_threshold: float = 0.6
-    target_ratio: float = 0.5
+    similarity_threshold: float | int = 0.6
+    target_ratio: float | int = 0.5
     longest_edge: int = 672
     low_res_longest_edge: int = 336
     num_high_res_frames: int = 32
@@ -90,13 +90,14 @@ class ElvaConfig(PreTrainedConfig):
     frame_token_id: int = 151647
     line_token_id: int = 151648
     image_token_id: int = 151649
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
         if self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True
+        self.validate_architecture()  # @strict runs it too, but wraps the error in one of its own
 
     def validate_architecture(self) -> None:
         """Check what the types of the fields cannot say; run at construction."""
@@ -124,7 +125,7 @@ class ElvaConfig(PreTrainedConfig):
         return [getattr(self, name) for name in TOKEN_ID_FIELDS]
 
     @classmethod
-    def from_preset(cls, name: str, **overrides: Any) -> ElvaConfig:
+    def from_preset(cls, name: str, **overrides: Any) -> Self:
         """Build the configuration of a model of the paper (section 4), or the shipped tiny one.
 
         Args:
@@ -136,8 +137,7 @@ class ElvaConfig(PreTrainedConfig):
         """
         if name not in PRESETS:
             raise ConfigurationError(f"preset {name!r} is not known; choose one of {', '.join(PRESETS)}.")
-        fields = {key: dict(value) if isinstance(value, dict) else value for key, value in PRESETS[name].items()}
-        return cls(**{**fields, **overrides})
+        return cls(**{**copy.deepcopy(PRESETS[name]), **overrides})
 
 
 _QWEN2_1_5B = {
