@@ -138,15 +138,16 @@ def find_malformed(patch: Tensor, frame: Tensor, line: Tensor, inside: Tensor, v
     border = torch.where(frame | line, position, 0).cummax(0).values.roll(1)  # last <FRAME> or <LINE> before a token
     patches_seen = patch.cumsum(0)
     row_length = patches_seen - patches_seen[border]
-    first_row = line & frame[border]
 
     frame_number = frame.cumsum(0)  # 0 before the first frame
     table = torch.zeros(patch.numel() + 1, dtype=torch.long, device=patch.device)
-    columns = table.index_add(0, frame_number, row_length * first_row)
+    frame_video = table.index_add(0, frame_number, video * frame)
+    apart = ~frame & ~visual.roll(1)  # text inside a frame
+    stray = ~inside | (frame_number == 0) | (video != frame_video[frame_number]) | apart
+    patch, line = patch & ~stray, line & ~stray  # a stray token does not spoil the frame before it
+    columns = table.index_add(0, frame_number, row_length * (line & frame[border]))
     rows = table.index_add(0, frame_number, line.long())
     patches = table.index_add(0, frame_number, patch.long())
-    frame_video = table.index_add(0, frame_number, video * frame)
-    stray = ~inside | (frame_number == 0) | (video != frame_video[frame_number])
     ragged = line & (row_length != columns[frame_number])
     cut = (rows * columns != patches) | (patches == 0)
     return visual & (stray | ragged | cut[frame_number])
