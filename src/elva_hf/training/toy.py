@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,23 @@ def encode_turns(
     """Tokenise one video and its questions exactly as the processor does a single chat turn."""
     rows, columns = grid
     frame = "<FRAME>" + ("<video>" * columns + "<LINE>") * rows
-    prefix = "<|im_start|>user\n<|vision_start|>" + frame * num_frames + "<|vision_end|>"
-    encoded = tokenizer([prefix], add_special_tokens=False)["input_ids"][0]
-    asked = tokenizer([f"{text}<|im_end|>\n<|im_start|>assistant\n" for text, _ in turns], add_special_tokens=False)
-    answers = tokenizer([f"{answer}<|im_end|>" for _, answer in turns], add_special_tokens=False)
-    return PackedRow(encoded, list(zip(asked["input_ids"], answers["input_ids"], strict=True)))
+    prefix = encode_text(tokenizer, "<|im_start|>user\n<|vision_start|>" + frame * num_frames + "<|vision_end|>")
+    return PackedRow(
+        list(prefix),
+        [
+            (
+                list(encode_text(tokenizer, f"{text}<|im_end|>\n<|im_start|>assistant\n")),
+                list(encode_text(tokenizer, f"{answer}<|im_end|>")),
+            )
+            for text, answer in turns
+        ],
+    )
+
+
+@lru_cache(maxsize=4096)
+def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Token ids of a text; the world repeats its sentences, so each is tokenised once."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def collate(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
@@ -301,7 +314,7 @@ def build_model(recipe: dict[str, Any], tokenizer: Any, teacher_width: int) -> E
     }
     config = ElvaConfig.from_preset(recipe["preset"], **ids, **recipe.get("config", {}))
     config.text_config.vocab_size = len(tokenizer)
-    model = ElvaForCausalLM._from_config(config, attn_implementation="eager")
+    model = ElvaForCausalLM(config)
     hidden = config.text_config.hidden_size
     model.guidance = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, teacher_width))
     generation = model.generation_config

@@ -1,0 +1,1 @@
+"""Evaluation: tables that anyone can check."""
