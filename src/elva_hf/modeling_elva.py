@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -33,6 +34,7 @@ class ElvaPreTrainedModel(PreTrainedModel):
     """What transformers must know of every ELVA class."""
 
     config: ElvaConfig
+    config_class = ElvaConfig  # transformers cannot resolve the annotation, here a string
     base_model_prefix = "model"
     input_modalities = ("video", "text")
     supports_gradient_checkpointing = True
@@ -276,6 +278,8 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         right-padded batch are rotated, which is exact; the returned prompts are then left-padded.
         """
         input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if kwargs.get("pixel_values_videos") is None:
+            kwargs.pop("pixel_values_videos", None)  # transformers would encode the None
         fresh = kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
         if fresh and input_ids is not None and mask is not None and mask.shape == input_ids.shape:
             kwargs["input_ids"], kwargs["attention_mask"] = turn_padding_left(input_ids, mask)
@@ -340,15 +344,15 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         missing = [name for name in TOKEN_ID_FIELDS if name not in {**ids, **config}]
         if missing:
             raise ConfigurationError(f"give the model's tokenizer, or set {', '.join(missing)}.")
-        config = ElvaConfig(text_config=text.config, **{**ids, **config})
-        if max(config.special_token_ids) >= text.config.vocab_size:
-            text.resize_token_embeddings(max(config.special_token_ids) + 1)
         if getattr(text, "base_model", text) is text or text.get_output_embeddings() is None:
             raise CheckpointError(f"{type(text).__name__} is no causal language model with a head; cannot build on it.")
+        config = ElvaConfig(text_config=copy.deepcopy(text.config), **{**ids, **config})
         model = cls(config).to(text.dtype)
         model.model.language_model.load_state_dict(text.base_model.state_dict())
         model.lm_head.load_state_dict(text.get_output_embeddings().state_dict())
         model.tie_weights()
+        if max(config.special_token_ids) >= text.config.vocab_size:
+            model.resize_token_embeddings(max(config.special_token_ids) + 1)
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             setattr(model.generation_config, name, getattr(text.generation_config, name))
         return model
