@@ -4,7 +4,10 @@ A sample is a list of ids put together from `words(...)` and `video(...)`; `batc
 and `pixels(...)` draws the patches they ask for.
 """
 
+import math
+
 import torch
+from torch import nn
 
 from elva_hf.configuration_elva import ElvaConfig
 from elva_hf.modeling_elva import ElvaForCausalLM
@@ -114,3 +117,49 @@ RAGGED = (
     video((3, 2), (1, 2), (3, 2), (1, 2), marks=[words(2, 7), [], words(1, 8)]) + words(2, 9),
 )
 """Videos of different length and size, several in one sample, text between frames, and a text-only row."""
+
+
+def embed_in_a_loop(embedding, pixels, ids, config):
+    """Embeddings of all patch, frame and line tokens of a batch, one frame and one row at a time, in float64."""
+    embedding = embedding.double()
+    attention = embedding.cross_attention
+    features = iter(embedding.pixel_proj(pixels.double()))
+
+    def see(which, members):
+        token = embedding.special_tokens[which]
+        if attention is None:
+            return token
+        norm = attention.norm
+        q, k, v = attention.q_proj(norm(token)), attention.k_proj(norm(members)), attention.v_proj(norm(members))
+        heads = (
+            nn.functional.softmax(k_h @ q_h / math.sqrt(len(q_h)), 0) @ v_h
+            for q_h, k_h, v_h in zip(
+                q.chunk(attention.num_heads),
+                k.chunk(attention.num_heads, -1),
+                v.chunk(attention.num_heads, -1),
+                strict=True,
+            )
+        )
+        seen = attention.o_proj(torch.cat(list(heads)))
+        return token + seen if config.patch_embed_residual else seen
+
+    patches, frames, lines = [], [], []
+    for sample in ids.tolist():
+        in_frame, in_row = None, []
+        for token in [*sample, FRAME]:  # the extra <FRAME> closes the last frame
+            if token == FRAME and in_frame:
+                frames.append(see(0, torch.stack(in_frame)))
+                in_frame = None
+            if token == FRAME:
+                in_frame, in_row, row = [], [], 0
+            elif token == PATCH:
+                feature = next(features)
+                if embedding.positions is not None:
+                    feature = feature + embedding.positions[0, row] + embedding.positions[1, len(in_row)]
+                patches.append(feature)
+                in_frame.append(feature)
+                in_row.append(feature)
+            elif token == LINE:
+                lines.append(see(1, torch.stack(in_row)))
+                in_row, row = [], row + 1
+    return [embedding.out_proj(torch.stack(part)) for part in (patches, frames, lines)]
