@@ -30,8 +30,8 @@ SPACE = "Ġ"  # byte-level BPE writes a space so
 def build_toy_tokenizer(*, max_length: int = 2048) -> PreTrainedTokenizerFast:
     """Build the tokenizer: the BPE vocabulary, then `SPECIAL_TOKENS` in their order.
 
-    Padding is `<|endoftext|>`, on the left; the end of a turn, `<|im_end|>`, is the end of a sequence. The chat template
-    is not set here.
+    Padding is `<|endoftext|>`, on the left; the end of a turn, `<|im_end|>`, is the end of a sequence. The chat
+    template is not set here.
 
     Args:
         max_length: `model_max_length` of the tokenizer, in tokens.
@@ -55,7 +55,10 @@ def build_toy_tokenizer(*, max_length: int = 2048) -> PreTrainedTokenizerFast:
 
 
 def _merges() -> list[tuple[str, str]]:
-    """Merges, most urgent first. A later merge never undoes an earlier word: every step of that word ranks before it."""
+    """Merges, most urgent first.
+
+    A later merge never undoes an earlier word: every step of that word ranks before it.
+    """
     answers, asked = vocabulary()
     opening = [word for word in asked if word[0].isupper()]  # questions open with these: no space before
     spaced = [SPACE + word for word in (*answers, *asked) if word not in opening]

@@ -1,9 +1,10 @@
 """A procedural world of short labelled videos, small enough to learn on a CPU.
 
-Coloured, textured shapes stand, move or appear on a grid of 4x4 cells; a handwritten digit may lie among them and one frame may flash white.
-Every fact a question asks for is visible in at least two frames (the flash excepted), so no other event can hide it.
-A cell is 16 px: one patch of the model and one macroblock of H.264. Objects sit in cells with a small jitter and their
-texture keeps its phase on the screen; bars are 4 px wide and change only the luminance, so all of it survives yuv420p.
+Coloured, textured shapes stand, move or appear on a grid of 4x4 cells; a handwritten digit may lie among them, and one
+frame may flash white. Every fact a question asks for is visible in at least two frames (the flash excepted), so no
+other event can hide it. A cell is 16 px: one patch of the model and one macroblock of H.264. Objects sit in cells with
+a small jitter and their texture keeps its phase on the screen; bars are 4 px wide and change only the luminance, so all
+of it survives yuv420p.
 
     scene = sample_scene(7, split="test")
     frames = render(scene)            # (8, 64, 64, 3) uint8
@@ -205,8 +206,8 @@ def _pick_path(
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
     """A path over free cells, which it takes; another way, or none, where a crowded grid has no room for this one."""
     others = [direction for direction in DIRECTIONS if direction != motion]
-    for motion in [] if motion == "still" else [motion, *_pick_distinct(rng, others, len(others))]:
-        row_step, column_step = DIRECTIONS[motion]
+    for way in [] if motion == "still" else [motion, *_pick_distinct(rng, others, len(others))]:
+        row_step, column_step = DIRECTIONS[way]
         steps = 2 + int(rng.random() * 2)
         paths = [
             path
@@ -216,7 +217,7 @@ def _pick_path(
         if paths:
             path = _pick(rng, paths)
             free.difference_update(path)
-            return motion, tuple(path[i] for i in _step_counts(rng, steps, num_frames))
+            return way, tuple(path[i] for i in _step_counts(rng, steps, num_frames))
     cell = _pick(rng, sorted(free))
     free.remove(cell)
     return "still", (cell,) * num_frames
@@ -344,7 +345,12 @@ def questions(scene: Scene) -> list[Question]:
         asked.append(Question("count", "How many shapes are there?", NUMBERS[len(scene.objects) - 1]))
     asked.append(Question("digit", "What digit is shown?", NONE if scene.digit is None else str(scene.digit.label)))
     if scene.has_events:
-        asked += [*_ask_flash(rng, scene), *_ask_motion(rng, scene), *_ask_order(rng, scene), *_ask_relation(rng, scene)]
+        asked += [
+            *_ask_flash(rng, scene),
+            *_ask_motion(rng, scene),
+            *_ask_order(rng, scene),
+            *_ask_relation(rng, scene),
+        ]
     return asked
 
 
