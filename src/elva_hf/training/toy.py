@@ -253,7 +253,7 @@ def validate(model: nn.Module, dataset: ToyDataset, pad_token_id: int, batch_siz
 
 
 def save(model: ElvaForCausalLM, folder: Path) -> None:
-    """Save the student in bfloat16, without the head that only training needs."""
+    """Save the student, without the head that only training needs; stored in bfloat16, loaded in float32."""
     state = {name: value.bfloat16() for name, value in model.state_dict().items() if not name.startswith("guidance.")}
     model.save_pretrained(folder, state_dict=state)
 

@@ -1,0 +1,94 @@
+import random
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from elva_hf.data.toy_tokenizer import build_toy_tokenizer
+from elva_hf.data.toy_world import questions, sample_scene
+from elva_hf.errors_elva import ConfigurationError
+from elva_hf.modeling_elva import ElvaForCausalLM
+from elva_hf.training import toy
+
+STAGE = {
+    "name": "smoke",
+    "num_frames": 2,
+    "max_steps": 12,
+    "batch_size": 4,
+    "learning_rate": 2.0e-3,
+    "warmup_steps": 2,
+    "single_share": 0.5,
+    "codec_share": 0.5,
+    "tube_alignment_weight": 1.0,
+}
+
+
+def write(tmp_path, **changes):
+    path = tmp_path / "recipe.yaml"
+    recipe = {"preset": "tiny", "seed": 0, "questions_per_video": 2, "stages": [{**STAGE, **changes}]}
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+def dataset(seed=0, **changes):
+    stage = toy.ToyStage(**{**STAGE, "codec_share": 0.0, **changes})
+    options = {"length": 4, "split": "train", "num_questions": 3, "patch_size": 16}
+    return toy.ToyDataset(stage, build_toy_tokenizer(), seed=seed, **options)
+
+
+def test_a_recipe_trains_saves_and_loads_without_its_head(tmp_path):
+    toy.main(["--recipe", write(tmp_path), "--out", str(tmp_path / "out")])
+    model, report = ElvaForCausalLM.from_pretrained(tmp_path / "out" / "model", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    stored = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert model.dtype == torch.float32
+    assert not hasattr(model, "guidance")
+
+
+def test_the_shipped_recipe_is_valid():
+    recipe, stages = toy.read_recipe("tiny")
+    assert recipe["preset"] == "tiny"
+    assert [stage.num_frames for stage in stages] == [1, 8]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"learning_rate": "4e-5"}, "learning_rate='4e-5'"), ({"num_frame": 2}, "num_frame"), ({"max_steps": 1.5}, "max_steps")],
+)
+def test_a_wrong_field_is_refused_before_anything_runs(tmp_path, changes, words):
+    with pytest.raises(ConfigurationError, match=words):
+        toy.read_recipe(write(tmp_path, **changes))
+
+
+def test_items_depend_on_seed_and_index_alone():
+    one, other, different = dataset()[3], dataset()[3], dataset(seed=1)[3]
+    assert one["row"] == other["row"]
+    assert torch.equal(one["patches"], other["patches"])
+    assert not torch.equal(one["patches"], different["patches"])
+
+
+def test_teacher_and_student_describe_the_same_patches():
+    batch = toy.collate([dataset()[0], dataset()[1]], pad_token_id=0)
+    assert batch["teacher_features"].shape[0] == batch["pixel_values_videos"].shape[0]
+
+
+def test_patches_equal_a_loop():
+    frames = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8)
+    patches = toy.frames_to_patches(frames.numpy(), 16)
+    at = 0
+    for frame in frames:
+        for row in range(2):
+            for column in range(3):
+                cell = frame[16 * row : 16 * row + 16, 16 * column : 16 * column + 16].permute(2, 0, 1)
+                torch.testing.assert_close(patches[at], (cell.flatten().float() / 255 - 0.5) / 0.5)
+                at += 1
+
+
+def test_questions_are_drawn_by_task_without_repetition():
+    asked = questions(sample_scene(3))
+    drawn = toy.draw_questions(asked, len(asked), random.Random(0), {})
+    assert sorted(map(str, drawn)) == sorted(map(str, asked))
+    first = [toy.draw_questions(asked, 1, random.Random(i), {"needle": 1e9})[0].task for i in range(20)]
+    assert set(first) == {"needle"}
