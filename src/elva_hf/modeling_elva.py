@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ from .geometry_elva import (
     token_kinds,
     token_kinds_from_embeddings,
 )
+
+
+@dataclass
+class ElvaVideoFeatures(BaseModelOutputWithPooling):
+    """Output of `get_video_features`.
+
+    Args:
+        pooler_output: Tuple of `(patches, patch_embed_dim)` tensors.
+        pixel_values_videos: `(P, 3 * patch_size**2)` what was encoded, for an assistant model to encode itself.
+    """
+
+    pixel_values_videos: Tensor | None = None
 
 
 class ElvaPreTrainedModel(PreTrainedModel):
@@ -73,7 +86,7 @@ class ElvaModel(ElvaPreTrainedModel):
     @can_return_tuple
     def get_video_features(
         self, pixel_values_videos: Tensor, patches_per_video: list[int] | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
+    ) -> ElvaVideoFeatures:
         """Encode pixels as far as no geometry is needed: the first linear of the patch embedding.
 
         Args:
@@ -85,8 +98,10 @@ class ElvaModel(ElvaPreTrainedModel):
         """
         self._check_pixels(pixel_values_videos)
         features = self.patch_embed.encode_pixels(pixel_values_videos)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=features, pooler_output=features.split(patches_per_video or [features.shape[0]])
+        return ElvaVideoFeatures(
+            last_hidden_state=features,
+            pooler_output=features.split(patches_per_video or [features.shape[0]]),
+            pixel_values_videos=pixel_values_videos,
         )
 
     def forward(
@@ -217,7 +232,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> ElvaVideoFeatures:
         """See `ElvaModel.get_video_features`."""
         return self.model.get_video_features(pixel_values_videos, **kwargs)
 
@@ -286,6 +301,37 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             inputs = None
         return super().generate(inputs, *args, **kwargs)
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """An assistant model's prefill is not announced as the first step and would lose its video."""
+        fresh = past_key_values is not None and not is_first_iteration and past_key_values.get_seq_length() == 0
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration or fresh,
+            **kwargs,
+        )
+
+    def _get_candidate_generator(
+        self, *args: Any, model_kwargs: dict[str, Any], assistant_model: PreTrainedModel | None = None, **kwargs: Any
+    ) -> Any:
+        """Let an assistant model encode the pixels: its front end has weights of its own."""
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("video")
+        pixels = getattr(encoded, "pixel_values_videos", None)
+        if isinstance(assistant_model, ElvaForCausalLM) and pixels is not None:
+            own = assistant_model.get_video_features(pixels.to(assistant_model.device))
+            model_kwargs = {**model_kwargs, "mm_encoder_outputs": {"video": own}}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -294,7 +340,8 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         if encoded and encoded.get("video") is not None:
             per_sample = self._split_features_by_sample(encoded["video"], input_ids, model_kwargs)
             repeated = [features for features in per_sample for _ in range(expand_size)]
-            encoded = {"video": BaseModelOutputWithPooling(pooler_output=repeated)}
+            pixels = getattr(encoded["video"], "pixel_values_videos", None)
+            encoded = {"video": ElvaVideoFeatures(pooler_output=repeated, pixel_values_videos=pixels)}
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
