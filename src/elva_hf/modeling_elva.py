@@ -304,18 +304,26 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """An assistant model's prefill is not announced as the first step and would lose its video."""
-        fresh = past_key_values is not None and not is_first_iteration and past_key_values.get_seq_length() == 0
+        """Mend two things in assisted generation: a prefill on a filled cache, and the assistant's own prefill.
+
+        The first would feed the whole prompt again; the second is not announced as the first step and
+        would lose its video.
+        """
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if is_first_iteration and next_sequence_length is None and seen > 0:
+            next_sequence_length = input_ids.shape[1] - seen
         return super().prepare_inputs_for_generation(
             input_ids,
+            next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration or fresh,
+            is_first_iteration=is_first_iteration or (past_key_values is not None and seen == 0),
             **kwargs,
         )
 
