@@ -151,10 +151,20 @@ def test_an_assistant_that_is_the_model_is_always_right(model):
     assert len(calls) <= 3
 
 
-def test_an_assistant_helps_in_a_second_turn(model):
+@pytest.mark.parametrize(
+    "how, turn, which_pixels",  # an assistant has no cache yet, so it needs all pixels
+    [
+        ("assistant", words(3), "all"),
+        ("assistant", video((2, 1)) + words(2), "all"),
+        ("prompt lookup", words(3), "none"),
+        ("prompt lookup", video((2, 1)) + words(2), "new"),
+    ],
+)
+def test_candidates_on_a_filled_cache_change_nothing(model, how, turn, which_pixels):
+    """Transformers 5.23 feeds a text model its whole prompt again here, and answers something else."""
     assistant = tiny_model(seed=4, patch_embed_dim=8, patch_embed_num_heads=1)
-    inputs, turn = sample_inputs(RAGGED[0]), [video((2, 1)) + words(2)]
-    helped, dialogue = second_turn(model, inputs, turn, "all", **GREEDY, assistant_model=assistant)
+    extra = {"assistant_model": assistant} if how == "assistant" else {"prompt_lookup_num_tokens": 3}
+    helped, dialogue = second_turn(model, sample_inputs(RAGGED[0]), [turn], which_pixels, **GREEDY, **extra)
     assert torch.equal(helped, model.generate(**dialogue, **GREEDY))
 
 
