@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 TINY = src/elva_hf/checkpoints/tiny
 
-.PHONY: demo test lint check format tiny eval mixins clean
+.PHONY: demo test lint check format tiny ship eval mixins clean
 
 demo: $(VENV)/.installed  ## ask the shipped checkpoint about the shipped clip
 	$(BIN)/elva ask $(TINY)/demo.mp4 \
@@ -27,7 +27,11 @@ format: $(VENV)/.tested
 	$(BIN)/ruff check --fix .
 
 tiny: $(VENV)/.tested  ## retrain the shipped checkpoint into runs/tiny
-	$(BIN)/python -m elva_hf.training.toy --recipe tiny --out runs/tiny
+	mkdir -p runs
+	$(BIN)/python -m elva_hf.training.toy --recipe tiny --out runs/tiny 2>&1 | tee runs/tiny.log
+
+ship: $(VENV)/.tested  ## make runs/tiny the shipped checkpoint: table, demo clip, card
+	$(BIN)/python scripts/ship_tiny.py
 
 eval: $(VENV)/.tested  ## both held-out tables of the shipped checkpoint
 	$(BIN)/elva eval toy-world

@@ -117,7 +117,9 @@ class ElvaConfig(PreTrainedConfig):
                 raise ConfigurationError(f"{name}={getattr(self, name)}: expected a positive number.")
         ids = [getattr(self, name) for name in TOKEN_ID_FIELDS]
         if len(set(ids)) != len(ids):
-            raise ConfigurationError(f"special token ids must differ, got {dict(zip(TOKEN_ID_FIELDS, ids, strict=True))}.")
+            raise ConfigurationError(
+                f"special token ids must differ, got {dict(zip(TOKEN_ID_FIELDS, ids, strict=True))}."
+            )
 
     @property
     def special_token_ids(self) -> list[int]:

@@ -63,9 +63,7 @@ class ElvaCrossAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.o_proj = nn.Linear(width, width) if config.patch_embed_output_projection else nn.Identity()
 
-    def forward(
-        self, tokens: Tensor, patches: Tensor, segments: tuple[tuple[Tensor, int], ...]
-    ) -> list[Tensor]:
+    def forward(self, tokens: Tensor, patches: Tensor, segments: tuple[tuple[Tensor, int], ...]) -> list[Tensor]:
         """Attend once per token.
 
         Args:
@@ -96,9 +94,11 @@ class ElvaPatchEmbedding(nn.Module):
         self.pixel_proj = nn.Linear(3 * config.patch_size**2, width)
         self.special_tokens = nn.Parameter(torch.empty(2, width))  # <FRAME>, <LINE>
         self.cross_attention = ElvaCrossAttention(config) if config.patch_embed_type == "video" else None
-        self.positions = nn.Parameter(torch.empty(2, config.patch_embed_positions, width)) if (
-            config.patch_embed_positions
-        ) else None
+        self.positions = (
+            nn.Parameter(torch.empty(2, config.patch_embed_positions, width))
+            if (config.patch_embed_positions)
+            else None
+        )
         self.out_proj = nn.Linear(width, hidden_size)
 
     def encode_pixels(self, pixel_values_videos: Tensor) -> Tensor:

@@ -51,14 +51,17 @@ class VisualGeometry:
 
     @property
     def num_patches(self) -> int:
+        """Patch tokens of the batch, `P`."""
         return self.patch_index.shape[0]
 
     @property
     def num_frames(self) -> int:
+        """Frames of the batch, `F`."""
         return self.frame_index.shape[0]
 
     @property
     def num_lines(self) -> int:
+        """Rows of patches of the batch, `L`."""
         return self.line_index.shape[0]
 
 

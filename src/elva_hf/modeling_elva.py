@@ -78,6 +78,7 @@ class ElvaModel(ElvaPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -158,8 +159,8 @@ class ElvaModel(ElvaPreTrainedModel):
         width = 3 * self.config.patch_size**2
         if pixels.ndim != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
             raise PlaceholderError(
-                f"pixel_values_videos has shape {tuple(pixels.shape)} and dtype {pixels.dtype}; expected floating point "
-                f"(num_patches, {width}) for patch_size={self.config.patch_size}. Use the processor of this checkpoint."
+                f"pixel_values_videos has shape {tuple(pixels.shape)} and dtype {pixels.dtype}; expected floating "
+                f"point (num_patches, {width}) for patch_size={self.config.patch_size}. Use the processor of this checkpoint."
             )
 
     def _video_features(self, pixels: Tensor | None, mm_encoder_outputs: dict | None) -> Tensor | None:
@@ -252,7 +253,9 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         merge_schedule: str | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Run the decoder and the head; arguments as `ElvaModel.forward`, and:
+        """Run the decoder and the head.
+
+        Arguments as in `ElvaModel.forward`, and:
 
         Args:
             labels: `(B, N)` token ids to predict, -100 where there is nothing to learn (L_Gen of Eq. 4).
@@ -341,7 +344,11 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         )
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **model_kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
         """Repeat each sample's videos with it; videos whose tokens the cache already holds are dropped."""
         encoded = model_kwargs.pop("mm_encoder_outputs", None)

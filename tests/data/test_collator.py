@@ -19,7 +19,9 @@ def test_a_packed_question_gets_the_logits_of_its_own_single_turn_conversation()
     for i, (row, own) in enumerate(zip(rows(), parts, strict=True)):
         start = len(row.prefix)
         for question, answer in row.turns:
-            alone = model(**batch([row.prefix + question + answer]), pixel_values_videos=own).logits[0, len(row.prefix) :]
+            alone = model(**batch([row.prefix + question + answer]), pixel_values_videos=own).logits[
+                0, len(row.prefix) :
+            ]
             stop = start + len(question) + len(answer)
             torch.testing.assert_close(logits[i, start:stop], alone, atol=2e-5, rtol=0)
             start = stop

@@ -15,10 +15,9 @@ from elva_hf.hub import AUTO_MAP, ENTRY_POINTS, export_hub_files, render_card
 ROOT = Path(__file__).parents[2]
 CARD = {
     "license": "apache-2.0",
-    "base_model": "Qwen/Qwen2-7B",
     "title": "T",
     "summary": "S",
-    "model_id": "org/elva-7b",
+    "model_id": '"org/elva-7b"',
     "architecture": "A",
     "limits": "L",
     "training": "T",

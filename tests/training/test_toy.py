@@ -55,7 +55,11 @@ def test_the_shipped_recipe_is_valid():
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"learning_rate": "4e-5"}, "learning_rate='4e-5'"), ({"num_frame": 2}, "num_frame"), ({"max_steps": 1.5}, "max_steps")],
+    [
+        ({"learning_rate": "4e-5"}, "learning_rate='4e-5'"),
+        ({"num_frame": 2}, "num_frame"),
+        ({"max_steps": 1.5}, "max_steps"),
+    ],
 )
 def test_a_wrong_field_is_refused_before_anything_runs(tmp_path, changes, words):
     with pytest.raises(ConfigurationError, match=words):

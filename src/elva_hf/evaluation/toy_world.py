@@ -188,12 +188,24 @@ def _blind(single: bool, split: str) -> dict[str, float]:
 
 def format_table(scores: Sequence[TaskScore]) -> str:
     """The scores as a Markdown table, with the bar of each task."""
-    names = ["task", "n", "mixed, arrays", "mixed, mp4", "one object, mp4", "video swapped", "blind", "blind, one", "bar"]
+    names = [
+        "task",
+        "n",
+        "mixed, arrays",
+        "mixed, mp4",
+        "one object, mp4",
+        "video swapped",
+        "blind",
+        "blind, one",
+        "bar",
+    ]
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for score in scores:
-        bar = f"{BARS[score.task]:.2f} ({'one object' if score.task in SINGLE_TASKS else 'mixed'})" if (
-            score.task in BARS
-        ) else "none"
+        bar = (
+            f"{BARS[score.task]:.2f} ({'one object' if score.task in SINGLE_TASKS else 'mixed'})"
+            if (score.task in BARS)
+            else "none"
+        )
         values = [f"{value:.3f}" if value is not None else "" for value in list(asdict(score).values())[2:]]
         lines.append("| " + " | ".join([score.task, str(score.num_questions), *values, bar]) + " |")
     return "\n".join(lines)
@@ -203,12 +215,16 @@ def missed_bars(scores: Sequence[TaskScore], margin_over_blind: float = 0.10) ->
     """What falls short: tasks under their bar, and tasks answered too well without the right video."""
     missed = []
     for score in scores:
-        columns = {"one object": score.single} if score.task in SINGLE_TASKS else {"arrays": score.array, "mp4": score.mp4}
+        columns = (
+            {"one object": score.single} if score.task in SINGLE_TASKS else {"arrays": score.array, "mp4": score.mp4}
+        )
         missed += [
             f"{score.task} ({name}): {value:.3f} < {BARS[score.task]}"
             for name, value in columns.items()
             if score.task in BARS and value is not None and value < BARS[score.task]
         ]
         if score.task != "rel" and score.swapped > score.blind + margin_over_blind:
-            missed.append(f"{score.task} (video swapped): {score.swapped:.3f} > {score.blind:.3f} + {margin_over_blind}")
+            missed.append(
+                f"{score.task} (video swapped): {score.swapped:.3f} > {score.blind:.3f} + {margin_over_blind}"
+            )
     return missed

@@ -47,7 +47,10 @@ def export_hub_files(folder: str | os.PathLike, card: Mapping[str, Any] | None =
     written = [Path(shutil.copy(resources.files(__name__) / name, folder / name)) for name in ENTRY_POINTS]
     written.append(_update_json(folder / "config.json", {"auto_map": AUTO_MAP}))
     processor = json.loads((folder / "processor_config.json").read_text())
-    video = {**processor.get("video_processor", {}), "auto_map": {"AutoVideoProcessor": "processing_elva.ElvaVideoProcessor"}}
+    video = {
+        **processor.get("video_processor", {}),
+        "auto_map": {"AutoVideoProcessor": "processing_elva.ElvaVideoProcessor"},
+    }
     fields = {"auto_map": {"AutoProcessor": "processing_elva.ElvaProcessor"}, "video_processor": video}
     written.append(_update_json(folder / "processor_config.json", fields))
     if card is not None:

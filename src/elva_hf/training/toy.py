@@ -1,6 +1,6 @@
 """Train a small ELVA on the procedural world with HF `Trainer`, on a CPU if need be.
 
-    python -m elva_hf.training.toy --recipe tiny --out runs/tiny
+python -m elva_hf.training.toy --recipe tiny --out runs/tiny
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS, questions, render, sample_scene, through_codec
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.geometry_elva import read_geometry
-from elva_hf.modeling_elva import ElvaForCausalLM
+from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
+from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.losses import tube_alignment_loss
+from elva_hf.video_processing_elva import patchify
 
 logger = logging.getLogger(__name__)
 
@@ -90,9 +92,8 @@ def _read_stage(values: dict[str, Any], where: str) -> ToyStage:
 
 def frames_to_patches(frames: np.ndarray, patch_size: int) -> Tensor:
     """Cut `(T, H, W, 3)` uint8 frames into `(T * rows * columns, 3 * patch_size**2)` normalised patches."""
-    t, h, w, _ = frames.shape
-    grid = torch.from_numpy(frames).view(t, h // patch_size, patch_size, w // patch_size, patch_size, 3)
-    return grid.permute(0, 1, 3, 5, 2, 4).reshape(-1, 3 * patch_size**2).float() / 127.5 - 1
+    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.cat([patchify(frame, patch_size) for frame in pixels])
 
 
 class ToyDataset(Dataset):
@@ -109,7 +110,15 @@ class ToyDataset(Dataset):
     """
 
     def __init__(
-        self, stage: ToyStage, tokenizer: Any, *, length: int, seed: int, split: str, num_questions: int, patch_size: int
+        self,
+        stage: ToyStage,
+        tokenizer: Any,
+        *,
+        length: int,
+        seed: int,
+        split: str,
+        num_questions: int,
+        patch_size: int,
     ):
         self.stage, self.tokenizer, self.length = stage, tokenizer, length
         self.seed, self.split, self.num_questions, self.patch_size = seed, split, num_questions, patch_size
@@ -150,9 +159,7 @@ def draw_questions(asked: Sequence[Any], number: int, rng: random.Random, focus:
     return drawn
 
 
-def encode_turns(
-    tokenizer: Any, num_frames: int, grid: tuple[int, int], turns: Sequence[tuple[str, str]]
-) -> PackedRow:
+def encode_turns(tokenizer: Any, num_frames: int, grid: tuple[int, int], turns: Sequence[tuple[str, str]]) -> PackedRow:
     """Tokenise one video and its questions exactly as the processor does a single chat turn."""
     rows, columns = grid
     frame = "<FRAME>" + ("<video>" * columns + "<LINE>") * rows
@@ -301,18 +308,7 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
 
 def build_model(recipe: dict[str, Any], tokenizer: Any, teacher_width: int) -> ElvaForCausalLM:
     """A fresh model of the recipe's preset, with the task head of L_MSE attached as `guidance`."""
-    ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
-        for name, token in {
-            "video_start": "<|vision_start|>",
-            "video_end": "<|vision_end|>",
-            "video": "<video>",
-            "frame": "<FRAME>",
-            "line": "<LINE>",
-            "image": "<image>",
-        }.items()
-    }
-    config = ElvaConfig.from_preset(recipe["preset"], **ids, **recipe.get("config", {}))
+    config = ElvaConfig.from_preset(recipe["preset"], **add_special_tokens(tokenizer), **recipe.get("config", {}))
     config.text_config.vocab_size = len(tokenizer)
     model = ElvaForCausalLM(config)
     hidden = config.text_config.hidden_size
@@ -321,6 +317,18 @@ def build_model(recipe: dict[str, Any], tokenizer: Any, teacher_width: int) -> E
     generation.eos_token_id = tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+def build_processor(tokenizer: Any, config: ElvaConfig) -> ElvaProcessor:
+    """The processor of a toy model: eight frames, all at high resolution."""
+    return ElvaProcessor.from_tokenizer(
+        tokenizer,
+        patch_size=config.patch_size,
+        longest_edge=config.longest_edge,
+        low_res_longest_edge=config.low_res_longest_edge,
+        num_high_res_frames=config.num_high_res_frames,
+        num_low_res_frames=config.num_low_res_frames,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -340,6 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stage in stages:
         run_stage(model, stage, recipe, tokenizer, options.out)
     save(model, options.out / "model")
+    build_processor(tokenizer, model.config).save_pretrained(options.out / "model")
 
 
 if __name__ == "__main__":
