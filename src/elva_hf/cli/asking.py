@@ -1,0 +1,156 @@
+"""`elva ask`: answer questions about a video, and say what it took."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elva_hf.cli import loading
+from elva_hf.cli.application import BAR_DELAY_SECONDS, busy
+from elva_hf.errors_elva import ContextOverflowError, ElvaError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from elva_hf.pipeline_elva import ElvaPipeline
+    from elva_hf.video_processing_elva import ElvaVideoProcessor, SampledVideo
+
+
+def ask(
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="Video or image file.")],
+    questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="What you want to know; one or more.")],
+    model: loading.Model = None,
+    frames: loading.Frames = None,
+    high: loading.High = None,
+    low: loading.Low = None,
+    fps: loading.Fps = None,
+    longest_edge: loading.LongestEdge = None,
+    low_res_longest_edge: loading.LowResLongestEdge = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", min=1)] = 256,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; the best if not given.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print answers as they are written.")] = False,
+) -> None:
+    """Answer each QUESTION about VIDEO.
+
+    The video is decoded once and the model loaded once; every question is asked on its own. Without --model the
+    checkpoint that ships with the package answers: it knows a small drawn world, not real footage.
+    """
+    for question in questions:
+        if not question.strip():
+            raise ElvaError("a question is empty; write what you want to know about the video.")
+    options = loading.frame_options(frames, high, low, fps, longest_edge, low_res_longest_edge)
+    checkpoint = loading.find_checkpoint(model)
+    config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
+    decoded = processor.video_processor = DecodedOnce(processor.video_processor)
+    started = time.perf_counter()
+    with busy(f"decoding {video}"):
+        sampled = decoded.read(video, **options)
+    decode_seconds = time.perf_counter() - started
+    _check_room(sampled, config.get_text_config().max_position_embeddings)
+    with busy(f"loading {checkpoint}"):
+        pipe = loading.build_pipeline(checkpoint, processor, device)
+    print(f"video     {sampled.info.source}, {sampled.num_frames} frames, decoded in {decode_seconds:.2f} s")
+    print(f"model     {checkpoint} on {pipe.device}")
+    for question in questions:
+        _answer(pipe, {"video": video, "text": question}, options, max_new_tokens, stream)
+
+
+class DecodedOnce:
+    """A video processor that decodes a file once, however many questions are asked about it."""
+
+    def __init__(self, video_processor: ElvaVideoProcessor):
+        self._video_processor = video_processor
+        self._encoded: dict[str, tuple[Tensor, list[SampledVideo]]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._video_processor, name)
+
+    def read(self, video: Path, **options: Any) -> SampledVideo:
+        """Decode now; the same options are used for every question."""
+        self._encoded[str(video)] = self._video_processor.encode([video], **options)
+        return self._encoded[str(video)][1][0]
+
+    def encode(self, sources: list[Path], **options: Any) -> tuple[Tensor, list[SampledVideo]]:
+        """As `ElvaVideoProcessor.encode`, from memory."""
+        (source,) = sources
+        return self._encoded[str(source)]
+
+
+class Stopwatch:
+    """A streamer that times the first token, shows progress, and passes tokens on.
+
+    Args:
+        total: Most tokens there may be.
+        inner: Another streamer, or None; with one, the text itself is the progress.
+    """
+
+    def __init__(self, total: int, inner: Any = None):
+        from tqdm import tqdm
+
+        self.first_token: float | None = None
+        self._inner = inner
+        self._prompt_seen = False
+        hidden = inner is not None or not sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total, desc="answering", unit="token", leave=False, delay=BAR_DELAY_SECONDS, disable=hidden
+        )
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, then each new token."""
+        if self._prompt_seen:
+            self.first_token = self.first_token or time.perf_counter()
+            self._bar.update()
+        self._prompt_seen = True
+        if self._inner is not None:
+            self._inner.put(value)
+
+    def end(self) -> None:
+        """Take the end of the answer."""
+        self._bar.close()
+        if self._inner is not None:
+            self._inner.end()
+
+
+def _answer(pipe: ElvaPipeline, request: dict[str, Any], options: dict, max_new_tokens: int, stream: bool) -> None:
+    from transformers import TextStreamer
+
+    print(f"\nquestion  {request['text']}")
+    print("answer    ", end="", flush=True)
+    inner = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    watch = Stopwatch(max_new_tokens, inner)
+    started = time.perf_counter()
+    inputs = pipe.preprocess(request, **options)
+    outputs = pipe.forward(inputs, streamer=watch, max_new_tokens=max_new_tokens)
+    (record,) = pipe.postprocess(outputs)
+    seconds = time.perf_counter() - started
+    if not stream:
+        print(record["generated_text"])
+    prefill = (watch.first_token or time.perf_counter()) - started
+    print(f"tokens    {', '.join(_token_counts(pipe, inputs, outputs))}")
+    print(f"time      first token {prefill:.2f} s, total {seconds:.2f} s")
+
+
+def _token_counts(pipe: ElvaPipeline, inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[str]:
+    import torch
+
+    ids, processor = inputs["input_ids"], pipe.processor
+    kinds = (processor.video_token_id, processor.frame_token_id, processor.line_token_id)
+    visual = int(torch.isin(ids, torch.tensor(kinds)).sum())
+    yield f"{visual} visual"
+    yield f"{ids.shape[1]} in the prompt"
+    yield f"{outputs['generated'].shape[-1]} in the answer"
+
+
+def _check_room(sampled: SampledVideo, limit: int) -> None:
+    if sampled.num_tokens >= limit:
+        raise ContextOverflowError(
+            f"{sampled.num_frames} frames of {sampled.info.source} take {sampled.num_tokens} tokens, and the model has "
+            f"{limit} positions; take fewer or smaller frames (--frames, --longest-edge). 'elva plan' shows the counts."
+        )

@@ -1,0 +1,141 @@
+"""What `ask` and `plan` share: options of frames, and loading with errors a person can act on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elva_hf.errors_elva import CheckpointError, ElvaError
+
+if TYPE_CHECKING:
+    from elva_hf.configuration_elva import ElvaConfig
+    from elva_hf.pipeline_elva import ElvaPipeline
+    from elva_hf.processing_elva import ElvaProcessor
+
+VIDEO_FIELDS = ("patch_size", "longest_edge", "low_res_longest_edge", "num_high_res_frames", "num_low_res_frames")
+"""What a model's configuration tells its video processor."""
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="DIR", help="Checkpoint folder or Hub id; the shipped one if not given."),
+]
+Frames = Annotated[
+    int | None, typer.Option("--frames", metavar="N", help="Number of frames, all at high resolution.", min=1)
+]
+High = Annotated[int | None, typer.Option("--high", metavar="N", help="Number of high-resolution frames.", min=0)]
+Low = Annotated[int | None, typer.Option("--low", metavar="N", help="Number of low-resolution frames.", min=0)]
+Fps = Annotated[
+    float | None, typer.Option("--fps", metavar="F", help="Frames per second of video, instead of a number.")
+]
+LongestEdge = Annotated[
+    int | None, typer.Option("--longest-edge", metavar="PX", help="Ceiling of a frame's longer side.", min=1)
+]
+LowResLongestEdge = Annotated[
+    int | None, typer.Option("--low-res-longest-edge", metavar="PX", help="The same for low-resolution frames.", min=1)
+]
+
+
+def frame_options(
+    frames: int | None,
+    high: int | None,
+    low: int | None,
+    fps: float | None,
+    longest_edge: int | None,
+    low_res_longest_edge: int | None,
+) -> dict[str, Any]:
+    """Options of the command line -> options of the video processor, those that were given."""
+    options = {
+        "num_frames": frames,
+        "num_high_res_frames": high,
+        "num_low_res_frames": low,
+        "fps": fps,
+        "longest_edge": longest_edge,
+        "low_res_longest_edge": low_res_longest_edge,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def find_checkpoint(model: str | None) -> str:
+    """The folder or Hub id to load; the shipped checkpoint if none is named.
+
+    Raises:
+        CheckpointError: It can only be a folder, and there is none.
+    """
+    from elva_hf import tiny_checkpoint
+
+    if model is None:
+        if not (tiny_checkpoint() / "config.json").is_file():
+            raise CheckpointError("the shipped checkpoint is missing from this installation; name one with --model.")
+        return str(tiny_checkpoint())
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{model} has no config.json; name the folder of a saved model.")
+        return model
+    if path.exists():
+        raise CheckpointError(f"{model} is a file; name the folder of a saved model.")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise CheckpointError(f"there is no folder {model}; check the path.")
+    return model
+
+
+def load_config(checkpoint: str) -> ElvaConfig:
+    """Load the configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: It belongs to another kind of model.
+    """
+    from transformers import AutoConfig
+
+    with explained(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint)
+    if config.model_type != "elva":
+        raise CheckpointError(
+            f"{checkpoint} is a {config.model_type!r} model, not 'elva'; 'elva init' builds one on a text model."
+        )
+    return config
+
+
+def load_processor(checkpoint: str) -> ElvaProcessor:
+    """Load the processor of a checkpoint, no weights."""
+    from transformers import AutoProcessor
+
+    with explained(checkpoint):
+        return AutoProcessor.from_pretrained(checkpoint)
+
+
+def build_pipeline(checkpoint: str, processor: ElvaProcessor, device: str | None) -> ElvaPipeline:
+    """Load a checkpoint's model for answering, on `device` or the best there is.
+
+    Raises:
+        ElvaError: There is no such device.
+    """
+    from transformers import AutoModelForMultimodalLM
+
+    from elva_hf.pipeline_elva import ElvaPipeline
+
+    with explained(checkpoint):
+        model = AutoModelForMultimodalLM.from_pretrained(checkpoint, dtype="auto").eval()
+    try:
+        return ElvaPipeline(model=model, processor=processor, task="video-text-to-text", device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if device is None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise ElvaError(f"cannot use --device {device}: {reason}. 'elva doctor' shows what there is.") from error
+
+
+@contextmanager
+def explained(checkpoint: str) -> Iterator[None]:
+    """Turn the many ways in which a folder is no checkpoint of ours into one."""
+    try:
+        yield
+    except ElvaError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error

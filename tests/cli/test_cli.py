@@ -1,0 +1,275 @@
+"""The command line: frozen names, answers, tables, and one line for each mistake."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from saved_elva import QUESTION, draw_frames, save_checkpoint, write_clip, write_sound
+from transformers import AutoModelForCausalLM, AutoProcessor, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import pipeline as build_pipeline
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import elva_hf
+from elva_hf.cli import app
+from elva_hf.data.toy_tokenizer import build_toy_tokenizer
+
+FRAME_OPTIONS = {"--frames", "--high", "--low", "--fps", "--longest-edge", "--low-res-longest-edge"}
+OPTIONS = {
+    "ask": {"--model", "--max-new-tokens", "--device", "--stream", *FRAME_OPTIONS},
+    "plan": {"--model", "--preset", *FRAME_OPTIONS},
+    "init": {"--architecture"},
+    "export": set(),
+    "doctor": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", draw_frames(1))
+
+
+@pytest.fixture(autouse=True)
+def _loud_libraries():
+    """Commands silence transformers for the whole process; give it back to the other tests."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(level)
+    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="elva")
+
+
+def succeeds(*args):
+    result = run(*args)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def fails(*args):
+    """The one line a mistake prints."""
+    result = run(*args)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("elva: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def rows(text, name):
+    return [line.split(None, 1)[1] for line in text.splitlines() if line.startswith(f"{name} ")]
+
+
+def test_commands_and_options_are_a_promise():
+    commands = get_command(app).commands
+    for name, expected in OPTIONS.items():
+        options = {
+            option for parameter in commands[name].params for option in parameter.opts if option.startswith("--")
+        }
+        assert options - {"--help"} == expected, name
+    assert set(commands) >= set(OPTIONS)
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in OPTIONS)])
+def test_help_reads_well(command):
+    text = succeeds(*command, "--help")
+    assert "Usage: elva" in text
+    assert "..." not in re.sub(r"\{QUESTION\}\.\.\.|COMMAND \[ARGS\]\.\.\.", "", text)  # nothing is cut short
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_ask_answers_as_the_pipeline_does(folder, clip):
+    text = succeeds("ask", clip, QUESTION, "Which?", "--model", folder, "--max-new-tokens", 6, "--device", "cpu")
+    pipe = build_pipeline("video-text-to-text", model=str(folder), device="cpu", max_new_tokens=6)
+    for question in (QUESTION, "Which?"):
+        answer = pipe(clip, question)[0]["generated_text"]
+        assert f"question  {question}\nanswer    {answer}\n" in text
+        prompt = pipe.preprocess({"video": clip, "text": question})["input_ids"].shape[1]
+        assert f"tokens    168 visual, {prompt} in the prompt, 6 in the answer" in text
+    assert text.count("decoded in") == 1
+    for line in rows(text, "time"):
+        assert re.fullmatch(r"first token \d+\.\d\d s, total \d+\.\d\d s", line)
+
+
+def test_ask_streams_the_same_answer(folder, clip):
+    options = ("--model", folder, "--max-new-tokens", 6, "--device", "cpu")
+    whole, streamed = (rows(succeeds("ask", clip, QUESTION, *options, *more), "answer") for more in ((), ("--stream",)))
+    assert whole == streamed != []
+
+
+def test_ask_takes_frame_options_and_images(folder, clip, tmp_path):
+    options = ("--model", folder, "--max-new-tokens", 2, "--device", "cpu")
+    assert "84 visual" in succeeds("ask", clip, QUESTION, *options, "--frames", 4)
+    assert "35 visual" in succeeds("ask", clip, QUESTION, *options, "--high", 1, "--low", 2)
+    Image.fromarray(draw_frames(1)[0]).save(tmp_path / "picture.png")
+    assert "21 visual" in succeeds("ask", tmp_path / "picture.png", QUESTION, *options)
+
+
+def test_the_shipped_checkpoint_is_the_default(folder, clip, monkeypatch):
+    monkeypatch.setattr(elva_hf, "tiny_checkpoint", lambda: folder)
+    assert rows(succeeds("ask", clip, QUESTION, "--max-new-tokens", 1), "model")[0].startswith(f"{folder} on ")
+    assert "168" in rows(succeeds("plan", clip), "tokens")[0]
+
+
+def test_plan_shows_frames_grids_and_tokens(tmp_path):
+    clip = write_clip(tmp_path / "wide.mp4", draw_frames(2, num_frames=40, height=360, width=640), rate=20)
+    text = succeeds("plan", clip, "--preset", "elva-7b", "--high", 2, "--low", 6)
+    table = [line.split() for line in text.splitlines() if re.match(r" +\d+ ", line)]
+    assert len(table) == 8
+    assert [row[3] for row in table].count("high") == 2
+    assert [int(row[-1]) for row in table] == [92, 92, 313, 92, 92, 92, 313, 92]
+    assert table[0][:3] == ["2", "0.100", "s"]
+    assert "640x360, 40 frames, 2.00 s, 20 frames/s, h264" in text
+    assert rows(text, "tokens") == ["1178: 1102 patches, 76 <FRAME> and <LINE>"]
+    assert rows(text, "context") == ["131072 positions of elva-7b, 129892 left for text"]
+
+
+def test_plan_says_when_a_video_is_too_short_or_too_long(folder, clip, tmp_path):
+    text = succeeds("plan", clip, "--model", folder, "--frames", 20)
+    assert rows(text, "frames") == ["8, 8 high and 0 low (20 asked for; the source has no more)"]
+    long = write_clip(tmp_path / "long.mp4", np.zeros((120, 64, 64, 3), np.uint8))
+    text = succeeds("plan", long, "--model", folder, "--frames", 120)
+    assert rows(text, "context") == [f"2048 positions of {folder}, 474 too many: take fewer or smaller frames"]
+
+
+def test_plan_and_ask_agree(folder, clip):
+    planned = rows(succeeds("plan", clip, "--model", folder, "--frames", 5), "tokens")[0].split(":")[0]
+    asked = succeeds("ask", clip, QUESTION, "--model", folder, "--frames", 5, "--max-new-tokens", 1, "--device", "cpu")
+    assert f"{planned} visual" in asked
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    """A text model whose tokenizer knows neither ChatML nor visual tokens."""
+    path = tmp_path_factory.mktemp("llama")
+    backend = build_toy_tokenizer().backend_tokenizer.to_str()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_without_added_tokens(backend), eos_token="zz")
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=3, **size)
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def _without_added_tokens(backend):
+    import json
+
+    from tokenizers import Tokenizer
+
+    fields = json.loads(backend)
+    return Tokenizer.from_str(json.dumps({**fields, "added_tokens": []}))
+
+
+def test_init_builds_a_checkpoint_that_loads_and_answers(llama, clip, tmp_path):
+    out = tmp_path / "out"
+    assert str(out) in succeeds("init", llama, out)
+    assert {"modeling_elva.py", "processing_elva.py", "configuration_elva.py"} <= {file.name for file in out.iterdir()}
+    model, processor = AutoModelForCausalLM.from_pretrained(out), AutoProcessor.from_pretrained(out)
+    assert model.config.text_config.vocab_size >= len(processor.tokenizer)
+    assert processor.tokenizer.convert_tokens_to_ids("<|im_end|>") in model.generation_config.eos_token_id
+    assert processor.video_processor.patch_size == model.config.patch_size == 28
+    text = LlamaForCausalLM.from_pretrained(llama)
+    kept = text.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight[: len(kept)], kept)
+    succeeds("ask", clip, QUESTION, "--model", out, "--frames", 2, "--max-new-tokens", 2, "--device", "cpu")
+    assert "exists already" in fails("init", llama, out)
+
+
+def test_export_adds_the_files_of_the_hub(folder, tmp_path):
+    save_checkpoint(tmp_path)
+    assert "modeling_elva.py" in succeeds("export", tmp_path)
+    assert (tmp_path / "modeling_elva.py").is_file()
+    assert "config.json" in fails("export", tmp_path / "nothing")
+
+
+def test_doctor_shows_what_matters():
+    text = succeeds("doctor")
+    for word in ("python", "torch", "transformers", "FFmpeg", "h264", "webm", "sdpa", "torchcodec", "memory", "tiny"):
+        assert word in text
+
+
+def test_mistakes_with_the_video_are_one_line(folder, clip, tmp_path):
+    not_a_video = tmp_path / "notes.mp4"
+    not_a_video.write_text("hello " * 200)
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    for command in (["ask", "VIDEO", QUESTION, "--device", "cpu"], ["plan", "VIDEO"]):
+
+        def told(video, command=command):
+            return fails(*[video if part == "VIDEO" else part for part in command], "--model", folder)
+
+        assert "does not exist" in told(tmp_path / "missing.mp4")
+        assert "not a video" in told(not_a_video)
+        assert "empty" in told(empty)
+        assert "directory" in told(tmp_path)
+        assert "no video stream; it holds: audio" in told(write_sound(tmp_path / "sound.mp4"))
+
+
+def test_mistakes_with_questions_options_and_models_are_one_line(folder, clip, tmp_path):
+    asked = ("ask", clip, QUESTION, "--model", folder)
+    assert "empty" in fails("ask", clip, " ", "--model", folder)
+    assert "QUESTION" in fails("ask", clip, "--model", folder)
+    assert "--frame" in fails(*asked, "--frame", 3)
+    assert "'--frames'" in fails(*asked, "--frames", "many")
+    assert "exclude each other" in fails(*asked, "--frames", 4, "--fps", 2)
+    assert "multiple of patch_size" in fails(*asked, "--longest-edge", 50)
+    assert "--device nonsense" in fails(*asked, "--device", "nonsense")
+    assert "no folder" in fails("ask", clip, QUESTION, "--model", tmp_path / "missing")
+    assert "no config.json" in fails("ask", clip, QUESTION, "--model", tmp_path)
+    assert "exclude each other" in fails("plan", clip, "--model", folder, "--preset", "elva-7b")
+    assert "elva-7b-hd" in fails("plan", clip, "--preset", "elva-9b")
+    assert "No such command" in fails("nonsense")
+    assert "architecture" in fails("init", folder, tmp_path / "out", "--architecture", "clip")
+    assert "cannot load" in fails("init", tmp_path / "missing", tmp_path / "out")
+
+
+def test_a_request_that_does_not_fit_is_refused_before_the_weights_are_read(folder, tmp_path, clip):
+    (tmp_path / "model").mkdir()
+    for file in folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    long = write_clip(tmp_path / "long.mp4", np.zeros((120, 64, 64, 3), np.uint8))
+    assert "2048 positions" in fails("ask", long, QUESTION, "--model", tmp_path / "model", "--frames", 120)
+    assert "2048 positions" in fails("ask", clip, QUESTION, "--model", folder, "--max-new-tokens", 2000)
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(folder, tmp_path):
+    for args in (["--debug", "plan", tmp_path], ["plan", tmp_path, "--debug"]):
+        result = run(*args, "--model", folder)
+        assert result.exit_code == 2
+        assert "Traceback" in result.stderr
+        assert result.stderr.splitlines()[-1].startswith("elva: ")
+
+
+def test_an_unforeseen_error_is_one_line_with_another_code(folder, clip, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr("elva_hf.cli.loading.load_processor", broken)
+    result = run("plan", clip, "--model", folder)
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "elva: unexpected RuntimeError: first line second line (run again with --debug for the traceback).\n"
+    )
+
+
+def test_the_console_script_runs_quietly(folder, clip):
+    code = "from elva_hf.cli import main; main()"
+    args = ["ask", str(clip), QUESTION, "--model", str(folder), "--max-new-tokens", "2", "--device", "cpu"]
+    result = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert rows(result.stdout, "answer")
