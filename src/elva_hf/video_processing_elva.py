@@ -96,7 +96,7 @@ class ElvaVideoProcessor(VideoProcessorMixin):
     Args:
         patch_size: Side of a patch in pixels.
         longest_edge: Most pixels the longer side of a frame may have; a multiple of `patch_size` (section 4.1).
-        low_res_longest_edge: The same for low-resolution frames of a hybrid video.
+        low_res_longest_edge: The same for low-resolution frames of a hybrid video; `longest_edge` bounds these too.
         num_high_res_frames: High-resolution frames of a video (32 unless another option says how many frames).
         num_low_res_frames: Low-resolution frames of a video (likewise 32).
         num_frames: Frames of a video, all at high resolution; excludes the pair above and `fps`.
@@ -262,11 +262,6 @@ class FrameOptions:
         check_edge(self.longest_edge, self.patch_size)
         if self.sampling.num_low:
             check_edge(self.low_res_longest_edge, self.patch_size, name="low_res_longest_edge")
-            if self.low_res_longest_edge > self.longest_edge:
-                raise ConfigurationError(
-                    f"low_res_longest_edge {self.low_res_longest_edge} is above longest_edge {self.longest_edge}; "
-                    "lower it, or set num_low_res_frames=0."
-                )
         if min(self.image_std) <= 0:
             raise ConfigurationError(f"image_std is {self.image_std}; every value must be above 0.")
 
@@ -285,7 +280,7 @@ class FrameOptions:
 
     def grid(self, height: int, width: int, high: bool) -> Grid:
         """Patch grid of a frame by its role."""
-        edge = self.longest_edge if high else self.low_res_longest_edge
+        edge = self.longest_edge if high else min(self.low_res_longest_edge, self.longest_edge)
         return fit_grid(height, width, patch_size=self.patch_size, longest_edge=edge)
 
     def frame_size(self, height: int, width: int, high: bool) -> tuple[int, int]:

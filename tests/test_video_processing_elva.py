@@ -1,0 +1,241 @@
+"""Frames -> patches: order of elements, values, grids, options, saving."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from clips_elva import paint, read, write_counter
+from PIL import Image
+
+from elva_hf.errors_elva import ConfigurationError, VideoError
+from elva_hf.video_processing_elva import ElvaVideoProcessor, normalize, patchify, split_videos
+
+TABLE_6 = [(8, 16, 5976), (8, 32, 7144), (16, 0, 9616), (16, 8, 10200), (16, 16, 10784), (32, 0, 19232)]
+
+
+@pytest.fixture
+def small():
+    return ElvaVideoProcessor(patch_size=4, longest_edge=32, low_res_longest_edge=16, num_frames=4)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_counter(tmp_path_factory.mktemp("clips") / "clip.mp4", 20)
+
+
+def draw(num_frames, height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (num_frames, height, width, 3), dtype=np.uint8)
+
+
+def loop_patches(frames, size):
+    """The reference: one element at a time, frame, row, column, then channel, row, column."""
+    patches = []
+    for frame in frames:
+        for top in range(0, frame.shape[0], size):
+            for left in range(0, frame.shape[1], size):
+                patch = []
+                for channel in range(3):
+                    for y in range(size):
+                        for x in range(size):
+                            patch.append((float(frame[top + y, left + x, channel]) / 255 - 0.5) / 0.5)
+                patches.append(patch)
+    return torch.tensor(patches)
+
+
+def test_patches_equal_a_loop(small):
+    videos = [draw(4, 12, 20), draw(3, 8, 4, seed=1)]
+    out = small(videos)
+    expected = torch.cat([loop_patches(video, 4) for video in videos])
+    assert out["pixel_values_videos"].dtype == torch.float32
+    torch.testing.assert_close(out["pixel_values_videos"], expected, rtol=0, atol=1e-6)
+    assert out["video_grids"] == [[(3, 5)] * 4, [(2, 1)] * 3]
+
+
+def test_patchify_has_channel_row_column_inside_and_rows_outside():
+    frame = torch.arange(3 * 4 * 6).view(3, 4, 6)
+    patches = patchify(frame, 2)
+    assert patches.shape == (6, 12)
+    assert torch.equal(patches[4], frame[:, 2:4, 2:4].flatten())
+
+
+def test_values_are_normalised_by_channel():
+    patches = torch.full((2, 12), 51, dtype=torch.uint8)
+    out = normalize(patches, (0.0, 0.1, 0.2), (1.0, 0.5, 0.1)).view(2, 3, 4)
+    assert out[0, :, 0].tolist() == pytest.approx([0.2, 0.2, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("high", "low", "tokens"), TABLE_6)
+def test_table_6_from_real_frames(high, low, tokens):
+    processor = ElvaVideoProcessor(longest_edge=672, low_res_longest_edge=224)
+    frames = np.broadcast_to(draw(1, 672, 672), (40, 672, 672, 3))
+    options = {"num_high_res_frames": high, "num_low_res_frames": low}
+    planned = processor.sample(frames, **options)
+    assert planned.num_visual_tokens == tokens and planned.num_tokens == tokens + 2
+    out = processor(frames, return_metadata=True, **options)
+    assert out["video_metadata"] == [planned]
+    assert len(out["pixel_values_videos"]) == planned.num_patches
+    assert sum(planned.high) == high and planned.num_frames == high + low
+
+
+@pytest.mark.parametrize(("side", "tokens"), [(672, 601), (448, 273), (336, 157), (224, 73), (168, 43)])
+def test_a_frame_of_the_paper_has_its_tokens(side, tokens):
+    image = Image.fromarray(draw(1, 700, 700)[0])
+    out = ElvaVideoProcessor(longest_edge=side)(image, return_metadata=True)
+    assert out["video_metadata"][0].tokens_per_frame == (tokens,)
+    assert len(out["pixel_values_videos"]) == (side // 28) ** 2
+
+
+def test_planning_and_decoding_agree_on_a_file(small, clip):
+    for options in (
+        {},
+        {"fps": 10.0},
+        {"num_high_res_frames": 3, "num_low_res_frames": 6},
+        {"do_sample_frames": False},
+    ):
+        out = small(clip, return_metadata=True, **options)
+        assert out["video_metadata"] == [small.sample(clip, **options)]
+        assert len(out["pixel_values_videos"]) == out["video_metadata"][0].num_patches
+    assert out["video_metadata"][0].num_frames == 20
+
+
+def test_hybrid_frames_have_two_grids_in_time_order(small, clip):
+    out = small(clip, num_high_res_frames=2, num_low_res_frames=3, return_metadata=True)
+    video = out["video_metadata"][0]
+    assert video.high == (False, True, False, True, False) or sum(video.high) == 2
+    assert [grid == (3, 8) for grid in video.grids] == list(video.high)
+    assert list(video.times) == sorted(video.times) and video.indices == (2, 6, 10, 14, 18)
+
+
+def test_the_right_pixels_reach_the_patches(clip):
+    processor = ElvaVideoProcessor(patch_size=16, longest_edge=128, num_frames=5)
+    out = processor(clip, return_metadata=True)
+    for number, patches in zip(out["video_metadata"][0].indices, out["pixel_values_videos"].split(24), strict=True):
+        frame = patches.view(3, 8, 3, 16, 16).permute(2, 0, 3, 1, 4).reshape(3, 48, 128)
+        assert read((frame + 1) * 127.5) == number
+
+
+def test_numpy_on_request_and_nothing_else(small):
+    assert isinstance(small(draw(2, 8, 8), return_tensors="np")["pixel_values_videos"], np.ndarray)
+    with pytest.raises(ConfigurationError, match="return_tensors"):
+        small(draw(2, 8, 8), return_tensors="tf")
+
+
+def test_a_list_of_frames_is_one_video_and_other_lists_are_several(clip):
+    frames = [Image.fromarray(frame) for frame in draw(3, 8, 8)]
+    assert len(split_videos(frames)) == 1
+    assert len(split_videos(list(draw(3, 8, 8)))) == 1
+    assert len(split_videos([frames, frames[:1]])) == 2
+    assert len(split_videos([clip, str(clip), clip.read_bytes(), draw(3, 8, 8)])) == 4
+    assert len(split_videos(clip)) == 1
+    with pytest.raises(VideoError, match="empty"):
+        split_videos([])
+
+
+def test_a_short_video_is_reported_once_and_never_padded(small, caplog):
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        for _ in range(3):
+            out = small(draw(3, 8, 8), num_frames=77, return_metadata=True)
+    finally:
+        logger.removeHandler(caplog.handler)
+    video = out["video_metadata"][0]
+    assert (video.num_frames, video.num_asked, video.indices) == (3, 77, (0, 1, 2))
+    assert [record for record in caplog.messages if "3 of 77" in record] == [record for record in caplog.messages][:1]
+    assert len(caplog.messages) == 1
+
+
+def test_an_image_never_warns(small, caplog):
+    small(Image.fromarray(paint(1)), num_frames=50)
+    assert not caplog.messages
+
+
+def test_arrays_of_stated_rate_can_be_sampled_by_fps(small):
+    out = small(draw(8, 8, 8), fps=1.0, video_metadata={"fps": 4.0}, return_metadata=True)
+    assert out["video_metadata"][0].times == (0.5, 1.5)
+    with pytest.raises(ConfigurationError, match="video_metadata"):
+        small(draw(8, 8, 8), fps=1.0)
+    with pytest.raises(ConfigurationError, match="2 videos, but 1"):
+        small(draw(8, 8, 8), video_metadata=[{"fps": 1}, {"fps": 2}])
+
+
+def test_a_video_is_no_image(small, clip):
+    with pytest.raises(VideoError, match="20 frames"):
+        small.encode([clip], images=[True])
+    with pytest.raises(VideoError, match="as an image"):
+        small.sample(clip, image=True)
+
+
+def test_one_way_to_count_frames_replaces_another(small):
+    frames = draw(12, 8, 8)
+    assert ElvaVideoProcessor().num_high_res_frames == ElvaVideoProcessor().num_low_res_frames == 32
+    assert ElvaVideoProcessor(num_high_res_frames=4).num_low_res_frames == 32
+    assert ElvaVideoProcessor(fps=2.0).num_high_res_frames is None
+    assert small.sample(frames, num_frames=6).num_frames == 6
+    hybrid = small.sample(frames, num_high_res_frames=2, num_low_res_frames=3)
+    assert (hybrid.num_frames, sum(hybrid.high)) == (5, 2)
+    assert small.sample(frames, num_low_res_frames=3).high == (False,) * 3
+    assert small.sample(frames).num_frames == 4  # the processor itself is unchanged
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_frames": 2, "num_high_res_frames": 2}, "exclude each other"),
+        ({"num_frames": 2, "fps": 1.0}, "exclude each other"),
+        ({"num_frames": 2, "do_sample_frames": False}, "every frame"),
+        ({"num_frame": 2}, "did you mean num_frames"),
+        ({"do_resize": False}, "no option"),
+        ({"longest_edge": 30}, "multiple of patch_size 4"),
+        ({"longest_edge": 0}, "longest_edge is 0"),
+        ({"patch_size": 4.0}, "patch_size"),
+        ({"num_high_res_frames": 1, "num_low_res_frames": 1, "low_res_longest_edge": 18}, "low_res_longest_edge"),
+        ({"image_mean": [0.5, 0.5]}, "2 values"),
+        ({"image_std": 0.0}, "above 0"),
+    ],
+)
+def test_bad_options_are_refused_at_the_call_and_at_construction(small, options, message):
+    with pytest.raises(ConfigurationError, match=message):
+        small(draw(2, 8, 8), **options)
+    if "do_sample_frames" not in options:
+        with pytest.raises(ConfigurationError, match=message):
+            ElvaVideoProcessor(**{"patch_size": 4, "longest_edge": 32, "low_res_longest_edge": 16, **options})
+
+
+def test_the_ceiling_holds_for_low_resolution_too():
+    processor = ElvaVideoProcessor(longest_edge=224, num_high_res_frames=1, num_low_res_frames=2)
+    assert processor.sample(draw(3, 300, 300)).grids == ((8, 8),) * 3
+
+
+def test_low_resolution_is_not_checked_where_it_is_not_used():
+    ElvaVideoProcessor(patch_size=20, longest_edge=100, num_frames=4)
+
+
+def test_saving_and_loading_keeps_every_field(small, tmp_path):
+    for processor in (small, ElvaVideoProcessor(), ElvaVideoProcessor(fps=1.5, image_mean=[0.1, 0.2, 0.3])):
+        processor.save_pretrained(tmp_path)
+        loaded = ElvaVideoProcessor.from_pretrained(tmp_path)
+        assert loaded.to_dict() == processor.to_dict()
+    saved = json.loads((tmp_path / "video_preprocessor_config.json").read_text())
+    assert saved["video_processor_type"] == "ElvaVideoProcessor" and "_valid_kwargs_names" not in saved
+
+
+def test_loading_with_options_overrides_the_saved_ones(tmp_path):
+    ElvaVideoProcessor().save_pretrained(tmp_path)
+    loaded = ElvaVideoProcessor.from_pretrained(tmp_path, num_frames=8, longest_edge=448)
+    assert (loaded.num_frames, loaded.num_high_res_frames, loaded.longest_edge) == (8, None, 448)
+    assert ElvaVideoProcessor.from_pretrained(tmp_path, num_low_res_frames=0).num_high_res_frames == 32
+
+
+def test_nothing_needs_torchvision_or_torchcodec():
+    code = (
+        "import sys; sys.modules.update(torchvision=None, torchcodec=None)\n"
+        "import numpy as np; from elva_hf.video_processing_elva import ElvaVideoProcessor\n"
+        "print(ElvaVideoProcessor(num_frames=2)(np.zeros((2, 28, 28, 3), np.uint8))['pixel_values_videos'].shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "torch.Size([2, 2352])" in done.stdout, done.stderr
