@@ -156,11 +156,12 @@ class ElvaModel(ElvaPreTrainedModel):
         )
 
     def _check_pixels(self, pixels: Tensor) -> None:
-        width = 3 * self.config.patch_size**2
+        size = self.config.patch_size
+        width = 3 * size**2
         if pixels.ndim != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
             raise PlaceholderError(
                 f"pixel_values_videos has shape {tuple(pixels.shape)} and dtype {pixels.dtype}; expected floating "
-                f"point (num_patches, {width}) for patch_size={self.config.patch_size}. Use the processor of this checkpoint."
+                f"point, (num_patches, {width}) for patch_size={size}. Use this checkpoint's processor."
             )
 
     def _video_features(self, pixels: Tensor | None, mm_encoder_outputs: dict | None) -> Tensor | None:
