@@ -86,10 +86,12 @@ def main() -> None:
 
 
 def silence_libraries() -> None:
-    """Keep transformers' notes and progress bars off the terminal."""
+    """Keep the notes and progress bars of transformers and the Hub's client off the terminal."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     warnings.simplefilter("ignore")
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from elva_hf.cli import loading
-from elva_hf.cli.application import BAR_DELAY_SECONDS, busy
+from elva_hf.cli.application import busy
 from elva_hf.errors_elva import ContextOverflowError, ElvaError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers.generation.streamers import BaseStreamer
 
     from elva_hf.pipeline_elva import ElvaPipeline
     from elva_hf.video_processing_elva import ElvaVideoProcessor, SampledVideo
@@ -54,8 +55,7 @@ def ask(
         sampled = decoded.read(video, **options)
     decode_seconds = time.perf_counter() - started
     _check_room(sampled, config.get_text_config().max_position_embeddings)
-    with busy(f"loading {checkpoint}"):
-        pipe = loading.build_pipeline(checkpoint, processor, device)
+    pipe = loading.build_pipeline(checkpoint, processor, device)
     print(f"video     {sampled.info.source}, {sampled.num_frames} frames, decoded in {decode_seconds:.2f} s")
     print(f"model     {checkpoint} on {pipe.device}")
     for question in questions:
@@ -84,57 +84,60 @@ class DecodedOnce:
 
 
 class Stopwatch:
-    """A streamer that times the first token, shows progress, and passes tokens on.
+    """A streamer that notes when the first token comes, and passes tokens on.
 
     Args:
-        total: Most tokens there may be.
-        inner: Another streamer, or None; with one, the text itself is the progress.
+        inner: Another streamer, or None.
+        on_first_token: Called before the first token is passed on.
     """
 
-    def __init__(self, total: int, inner: Any = None):
-        from tqdm import tqdm
-
+    def __init__(self, inner: BaseStreamer | None = None, on_first_token: Callable[[], None] = lambda: None):
         self.first_token: float | None = None
         self._inner = inner
+        self._on_first_token = on_first_token
         self._prompt_seen = False
-        hidden = inner is not None or not sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total, desc="answering", unit="token", leave=False, delay=BAR_DELAY_SECONDS, disable=hidden
-        )
 
-    def put(self, value: Any) -> None:
+    def put(self, value: Tensor) -> None:
         """Take the prompt, then each new token."""
-        if self._prompt_seen:
-            self.first_token = self.first_token or time.perf_counter()
-            self._bar.update()
+        if self._prompt_seen and self.first_token is None:
+            self.first_token = time.perf_counter()
+            self._on_first_token()
         self._prompt_seen = True
         if self._inner is not None:
             self._inner.put(value)
 
     def end(self) -> None:
         """Take the end of the answer."""
-        self._bar.close()
         if self._inner is not None:
             self._inner.end()
 
 
 def _answer(pipe: ElvaPipeline, request: dict[str, Any], options: dict, max_new_tokens: int, stream: bool) -> None:
-    from transformers import TextStreamer
-
     print(f"\nquestion  {request['text']}")
-    print("answer    ", end="", flush=True)
-    inner = TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    watch = Stopwatch(max_new_tokens, inner)
-    started = time.perf_counter()
-    inputs = pipe.preprocess(request, **options)
-    outputs = pipe.forward(inputs, streamer=watch, max_new_tokens=max_new_tokens)
-    (record,) = pipe.postprocess(outputs)
-    seconds = time.perf_counter() - started
+    with ExitStack() as waiting:
+        waiting.enter_context(busy("answering"))
+        watch = _streaming_watch(pipe, waiting) if stream else Stopwatch()
+        started = time.perf_counter()
+        inputs = pipe.preprocess(request, **options)
+        outputs = pipe.forward(inputs, streamer=watch, max_new_tokens=max_new_tokens)
+        (record,) = pipe.postprocess(outputs)
+        seconds = time.perf_counter() - started
     if not stream:
-        print(record["generated_text"])
+        print(f"answer    {record['generated_text']}")
     prefill = (watch.first_token or time.perf_counter()) - started
     print(f"tokens    {', '.join(_token_counts(pipe, inputs, outputs))}")
     print(f"time      first token {prefill:.2f} s, total {seconds:.2f} s")
+
+
+def _streaming_watch(pipe: ElvaPipeline, waiting: ExitStack) -> Stopwatch:
+    """Print tokens as they come; the sign that work goes on leaves the terminal first."""
+    from transformers import TextStreamer
+
+    def begin() -> None:
+        waiting.close()
+        print("answer    ", end="", flush=True)
+
+    return Stopwatch(TextStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True), begin)
 
 
 def _token_counts(pipe: ElvaPipeline, inputs: dict[str, Any], outputs: dict[str, Any]) -> Iterator[str]:

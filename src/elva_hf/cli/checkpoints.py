@@ -40,8 +40,7 @@ def init(
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; name a new folder or empty this one.")
-    with busy(f"loading {text_model}"):
-        model, processor = build_from_text_model(text_model)
+    model, processor = build_from_text_model(text_model)
     with busy(f"writing {out}"):
         model.save_pretrained(out)
         processor.save_pretrained(out)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from elva_hf.cli.application import busy
 from elva_hf.errors_elva import CheckpointError, ElvaError
 
 if TYPE_CHECKING:
@@ -131,9 +132,10 @@ def build_pipeline(checkpoint: str, processor: ElvaProcessor, device: str | None
 
 @contextmanager
 def explained(checkpoint: str) -> Iterator[None]:
-    """Turn the many ways in which a folder is no checkpoint of ours into one."""
+    """Show that loading goes on, and turn the many ways in which a folder is no checkpoint of ours into one error."""
     try:
-        yield
+        with busy(f"loading {checkpoint}"):
+            yield
     except ElvaError:
         raise
     except (OSError, ValueError, KeyError) as error:
