@@ -141,7 +141,7 @@ class ElvaProcessor(ProcessorMixin):
         chat_template = options.pop("chat_template", None)
         tokenizer = copy.deepcopy(tokenizer)
         known = tokenizer.get_added_vocab()
-        needed = [*tokens.values(), *(TURN_TOKENS if chat_template is None else ())]
+        needed = [*(TURN_TOKENS if chat_template is None else ()), *tokens.values()]
         missing = [AddedToken(token, special=True, normalized=False) for token in needed if token not in known]
         tokenizer.add_tokens(missing, special_tokens=True)
         if tokenizer.pad_token is None:
@@ -211,8 +211,8 @@ class ElvaProcessor(ProcessorMixin):
         visual = {
             name: kwargs.pop(name) for name in self.video_processor.valid_kwargs.__annotations__ if name in kwargs
         }
-        if visual:
-            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **visual}
+        # a new dictionary: the base writes into the one it gets
+        kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **visual}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def count_tokens(self, videos: Any = None, images: Any = None, **options: Any) -> TokenCount:
