@@ -54,7 +54,7 @@ def by_hand(parts):
             return_dict=True,
             return_tensors="pt",
             add_generation_prompt=True,
-            processor_kwargs=dict(processor_kwargs or {}),
+            processor_kwargs=processor_kwargs,
         )
         output = model.generate(**inputs, **{"max_new_tokens": NEW, "do_sample": False, **options})
         new = output[:, inputs["input_ids"].shape[1] :]
