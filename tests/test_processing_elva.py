@@ -8,9 +8,7 @@ import pytest
 import torch
 from clips_elva import byte_tokenizer, paint, write_counter, write_sound
 from PIL import Image
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
-from elva_hf.configuration_elva import ElvaConfig
 from elva_hf.errors_elva import (
     ConfigurationError,
     ContextOverflowError,
@@ -20,8 +18,6 @@ from elva_hf.errors_elva import (
 )
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.video_processing_elva import ElvaVideoProcessor
-
-AutoVideoProcessor.register(ElvaConfig, ElvaVideoProcessor)
 
 OPTIONS = {"patch_size": 4, "longest_edge": 16, "low_res_longest_edge": 8, "num_frames": 3}
 
