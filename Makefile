@@ -3,14 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
-TINY = src/elva_hf/checkpoints/tiny
 
 .PHONY: demo test lint check format tiny ship eval mixins clean
 
 demo: $(VENV)/.installed  ## ask the shipped checkpoint about the shipped clip
-	$(BIN)/elva ask $(TINY)/demo.mp4 \
-	  "What color is the square?" \
-	  "Is there a white flash?"
+	$(BIN)/elva demo
 
 test: $(VENV)/.tested  ## run the test suite
 	$(BIN)/python -m pytest

@@ -1,6 +1,7 @@
 """The checkpoint that ships: small, complete, loadable everywhere, and right about its demo clip."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,10 +9,12 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoProcessor, pipeline
+from typer.testing import CliRunner
 
 import elva_hf
+from elva_hf.cli import app
 from elva_hf.data.toy_world import questions, render, sample_scene
-from elva_hf.evaluation.toy_world import evaluate, format_table, missed_bars
+from elva_hf.evaluation.toy_world import TaskScore, evaluate, format_table, missed_bars
 
 TINY = elva_hf.tiny_checkpoint()
 DEMO = json.loads((TINY / "demo.json").read_text())
@@ -34,6 +37,13 @@ def test_it_is_small_and_holds_no_pickle():
 def test_it_answers_every_demo_question_right(ask):
     for question, answer in DEMO["questions"]:
         assert ask(str(TINY / "demo.mp4"), question) == [{"generated_text": answer}], question
+
+
+def test_elva_demo_prints_every_question_answer_count_and_time():
+    result = CliRunner().invoke(app, ["demo"], prog_name="elva")
+    assert result.exit_code == 0, result.stderr
+    for question, answer in DEMO["questions"]:
+        assert re.search(rf"question  {re.escape(question)}\nanswer    {answer}\ntokens .*\ntime .*", result.stdout)
 
 
 def test_the_demo_clip_is_a_held_out_scene():
@@ -89,8 +99,6 @@ def test_a_small_held_out_table_is_near_the_card():
 
 
 def test_the_card_table_meets_every_bar():
-    from elva_hf.evaluation.toy_world import TaskScore
-
     scores = [TaskScore(**row) for row in json.loads((TINY / "held_out.json").read_text())]
     assert all(score.num_questions >= 500 for score in scores)
     assert missed_bars(scores) == []

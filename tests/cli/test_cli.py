@@ -1,5 +1,6 @@
 """The command line: frozen names, answers, tables, and one line for each mistake."""
 
+import json
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 import elva_hf
 from elva_hf.cli import app
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
+from elva_hf.data.toy_world import TASKS
 
 FRAME_OPTIONS = {"--frames", "--high", "--low", "--fps", "--longest-edge", "--low-res-longest-edge"}
 OPTIONS = {
@@ -24,7 +26,9 @@ OPTIONS = {
     "plan": {"--model", "--preset", *FRAME_OPTIONS},
     "init": {"--architecture"},
     "export": set(),
+    "demo": set(),
     "doctor": set(),
+    "eval": {"--model", "--questions", "--split", "--batch-size", "--out"},
 }
 
 
@@ -273,3 +277,14 @@ def test_the_console_script_runs_quietly(folder, clip):
     assert result.returncode == 0
     assert result.stderr == ""
     assert rows(result.stdout, "answer")
+
+
+def test_eval_prints_the_table_and_writes_the_scores(folder, tmp_path):
+    out = succeeds("eval", "toy-world", "--model", folder, "--questions", 1, "--out", tmp_path / "scores.json")
+    assert out.startswith("| task | n | mixed, arrays |")
+    assert len(json.loads((tmp_path / "scores.json").read_text())) == len(TASKS)
+
+
+def test_eval_knows_its_benchmarks(folder):
+    result = run("eval", "mmmu", "--model", folder)
+    assert result.exit_code == 2 and "toy-world" in result.stderr

@@ -1,12 +1,14 @@
 """The command `elva`: ask a video a question, plan tokens, make and check checkpoints."""
 
 from elva_hf.cli.application import app, main
-from elva_hf.cli.asking import ask
+from elva_hf.cli.asking import ask, demo
 from elva_hf.cli.checkpoints import export, init
+from elva_hf.cli.evaluation import evaluate
 from elva_hf.cli.machine import doctor
 from elva_hf.cli.planning import plan
 
-for _command in (ask, plan, init, export, doctor):
+for _command in (ask, demo, plan, init, export, doctor):
     app.command()(_command)
+app.command("eval")(evaluate)
 
 __all__ = ["app", "main"]

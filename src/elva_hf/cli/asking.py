@@ -62,6 +62,17 @@ def ask(
         _answer(pipe, {"video": video, "text": question}, options, max_new_tokens, stream)
 
 
+def demo() -> None:
+    """Ask the shipped model about the shipped clip."""
+    import json
+
+    import elva_hf
+
+    folder = elva_hf.tiny_checkpoint()
+    shown = json.loads((folder / "demo.json").read_text())
+    ask(folder / "demo.mp4", [question for question, _ in shown["questions"]])
+
+
 class DecodedOnce:
     """A video processor that decodes a file once, however many questions are asked about it."""
 
