@@ -50,7 +50,7 @@ def test_a_recipe_trains_saves_and_loads_without_its_head(tmp_path):
 def test_the_shipped_recipe_is_valid():
     recipe, stages = toy.read_recipe("tiny")
     assert recipe["preset"] == "tiny"
-    assert [stage.num_frames for stage in stages] == [1, 8]
+    assert [stage.num_frames for stage in stages] == [1, 8, 8]
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,8 @@ class ToyStage:
         codec_share: Share of videos that pass through H.264 on their way.
         tube_alignment_weight: Weight of L_MSE (Eq. 2) to the hand-made teacher; 0 for none.
         focus: Tasks asked more often than the others, and how many times as often.
+        stop_after: Steps after which the stage ends, short of `max_steps`, which still shapes the schedule.
+        first_seed: Scene of the stage's first video.
     """
 
     name: str
@@ -64,6 +66,8 @@ class ToyStage:
     codec_share: float
     tube_alignment_weight: float
     focus: dict[str, float] | None = None
+    stop_after: int | None = None
+    first_seed: int = 0
 
 
 def read_recipe(name_or_path: str) -> tuple[dict[str, Any], list[ToyStage]]:
@@ -231,6 +235,7 @@ class ToyValidation(TrainerCallback):
         self.dataset, self.every, self.pad_token_id, self.out = dataset, every, pad_token_id, out
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step == self.dataset.stage.stop_after
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             scores = validate(model, self.dataset, self.pad_token_id)
             logger.info("%s step %d %s", self.dataset.stage.name, state.global_step, scores)
@@ -272,7 +277,12 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
         "patch_size": model.config.patch_size,
     }
     train = ToyDataset(
-        stage, tokenizer, length=stage.max_steps * stage.batch_size, seed=recipe["seed"], split="train", **common
+        stage,
+        tokenizer,
+        length=stage.max_steps * stage.batch_size,
+        seed=recipe["seed"] + stage.first_seed,
+        split="train",
+        **common,
     )
     held_out = ToyDataset(stage, tokenizer, length=200, seed=0, split="validation", **common)
     arguments = TrainingArguments(
@@ -331,12 +341,26 @@ def build_processor(tokenizer: Any, config: ElvaConfig) -> ElvaProcessor:
     )
 
 
+def stages_from(stages: list[ToyStage], name: str | None) -> list[ToyStage]:
+    """The stages from the named one on.
+
+    Raises:
+        ConfigurationError: No stage has this name.
+    """
+    names = [stage.name for stage in stages]
+    if name is not None and name not in names:
+        raise ConfigurationError(f"the recipe has no stage {name!r}; it has {', '.join(names)}.")
+    return stages if name is None else stages[names.index(name) :]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a recipe from its first stage to its last and save the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="tiny", help="name in training/recipes, or a path")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and the log")
     parser.add_argument("--seed", type=int, help="overrides the recipe's seed")
+    parser.add_argument("--start-at", help="first stage to run; the weights are those of --weights")
+    parser.add_argument("--weights", type=Path, help="saved model to start from")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     recipe, stages = read_recipe(options.recipe)
@@ -345,7 +369,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = build_toy_tokenizer()
     probe = toy_teacher_features(np.zeros((1, 64, 64, 3), np.uint8), 16)
     model = build_model(recipe, tokenizer, probe.shape[-1])
-    for stage in stages:
+    if options.weights is not None:
+        saved = ElvaForCausalLM.from_pretrained(options.weights)
+        model.load_state_dict(saved.state_dict(), strict=False)  # all but the task head
+    for stage in stages_from(stages, options.start_at):
         run_stage(model, stage, recipe, tokenizer, options.out)
     save(model, options.out / "model")
     build_processor(tokenizer, model.config).save_pretrained(options.out / "model")
