@@ -10,7 +10,7 @@ demo: $(VENV)/.installed  ## ask the shipped checkpoint about the shipped clip
 	$(BIN)/elva demo
 
 test: $(VENV)/.tested  ## run the test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/.tested
 	$(BIN)/ruff format --check .
