@@ -42,11 +42,12 @@ LIMITS = (
     "answers with one or two words from a closed set. A question about anything else gets a meaningless answer."
 )
 TRAINING = (
-    "`make tiny`: recipe `training/recipes/tiny.yaml`, seed 0, HF `Trainer`, bf16 autocast. Stage 1 shows images, "
-    "stage 2 eight-frame clips, three in ten of them through H.264. Loss: L_Gen plus L_MSE (Eq. 2) to a hand- "
-    "made, label-free teacher of 29 numbers a patch (colour, bars, edges), which favours questions about looks by "
-    "construction. Digits are scikit-learn's; the test split holds out their images. Weights are stored in "
-    "bfloat16."
+    "`make tiny`: recipe `training/recipes/tiny.yaml`, seed 0, HF `Trainer`, bf16 autocast. Stage 1 shows images; "
+    "stage 2 eight-frame clips, three in ten of them through H.264, and was stopped at 3000 of its 10000 steps; "
+    "stage 3 started from its saved weights with more multi-object scenes. Loss: L_Gen plus L_MSE (Eq. 2) to a "
+    "hand-made, label-free teacher of 29 numbers a patch (colour, bars, edges), which favours questions about "
+    "looks by construction. Digits are scikit-learn's; the test split holds out their images. Weights are stored "
+    "in bfloat16."
 )
 EVALUATION = (
     "Test split, exact match of greedy answers (measured; `make eval` prints it again). Mixed scenes have one to "
@@ -90,9 +91,11 @@ def choose_demo(model: elva_hf.ElvaForCausalLM, processor: elva_hf.ElvaProcessor
 
 def describe_training(log: Path, device: str) -> str:
     """The recipe, and how long each stage took by the Trainer's own clock."""
+    if not log.is_file():
+        return f"{TRAINING} Time: not recorded."
     seconds = [float(value) for value in re.findall(r"'train_runtime': '([\d.e+]+)'", log.read_text())]
-    stages = " and ".join(f"{value / 60:.0f} min" for value in seconds)
-    return f"{TRAINING} Time (measured, {device}, shared with other work): {stages} for the two stages."
+    stages = ", ".join(f"{value / 60:.0f} min" for value in seconds)
+    return f"{TRAINING} Time of the stages (measured, {device}, shared with other work): {stages}."
 
 
 def main() -> None:

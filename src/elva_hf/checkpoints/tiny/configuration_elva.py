@@ -1,0 +1,5 @@
+"""Hub entry point: the installed package, by the name that a checkpoint's `auto_map` asks for."""
+
+from elva_hf import ElvaConfig
+
+__all__ = ["ElvaConfig"]
