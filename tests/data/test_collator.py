@@ -31,7 +31,9 @@ def test_only_answers_are_labels():
     packed = pack_rows(rows(), pad_token_id=0)
     for i, row in enumerate(rows()):
         wanted = [token for _, answer in row.turns for token in answer]
-        assert packed["labels"][i][packed["labels"][i] != IGNORED].tolist() == wanted
+        asked = packed["labels"][i] != IGNORED
+        assert packed["labels"][i][asked].tolist() == wanted
+        assert torch.equal(packed["labels"][i][asked], packed["input_ids"][i][asked])  # in their own places
 
 
 def test_mask_equals_a_loop():
