@@ -182,7 +182,7 @@ class ElvaModel(ElvaPreTrainedModel):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if features is None and tokens.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
             return None
-        geometry = read_geometry(self._token_kinds(input_ids, inputs_embeds))
+        geometry = read_geometry(self.token_kinds(input_ids, inputs_embeds))
         num_patches = 0 if geometry is None else geometry.num_patches
         num_features = 0 if features is None else features.shape[0]
         if num_patches != num_features:
@@ -193,7 +193,16 @@ class ElvaModel(ElvaPreTrainedModel):
             )
         return geometry
 
-    def _token_kinds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def token_kinds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Kinds of the tokens of a batch, for `read_geometry`, from ids or else from embeddings.
+
+        Args:
+            input_ids: `(B, N)` token ids, or None.
+            inputs_embeds: `(B, N, D)`, in which visual tokens hold the rows of their special token.
+
+        Returns:
+            `(B, N)` int64 kinds.
+        """
         config = self.config
         ids = {
             VIDEO_START: config.video_start_token_id,
@@ -368,7 +377,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
     ) -> list[Tensor]:
         features = torch.cat(list(encoded.pooler_output))
         ids = input_ids if input_ids is not None and input_ids.numel() else None
-        kinds = self.model._token_kinds(ids, None if ids is not None else model_kwargs.get("inputs_embeds"))
+        kinds = self.model.token_kinds(ids, None if ids is not None else model_kwargs.get("inputs_embeds"))
         cache = model_kwargs.get("past_key_values")
         seen = cache.get_seq_length() if cache is not None else 0
         total = (kinds == PATCH).sum(1).tolist()

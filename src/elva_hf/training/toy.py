@@ -213,7 +213,7 @@ class ToyTrainer(Trainer):
         )
         self.parts["loss_gen"].append(loss.item())
         if weight:
-            geometry = read_geometry(model.model._token_kinds(inputs["input_ids"], None))
+            geometry = read_geometry(model.model.token_kinds(inputs["input_ids"]))
             student = model.guidance(outputs.hidden_states[-1].flatten(0, 1)[geometry.patch_index])
             mse = tube_alignment_loss(student, teacher, geometry)
             self.parts["loss_mse"].append(mse.item())
