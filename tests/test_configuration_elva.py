@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -7,6 +8,7 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Qwen2Config, Qw
 
 from elva_hf.configuration_elva import PRESETS, SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig
 from elva_hf.errors_elva import ConfigurationError
+from elva_hf.schedule_elva import MergeSchedule, MergeStep
 
 TEXT_CLASSES = dict(zip(TEXT_TYPES, (Qwen2Config, Qwen3Config, LlamaConfig, MistralConfig), strict=True))
 
@@ -90,10 +92,72 @@ def test_the_attention_kernel_reaches_the_decoder():
     assert config.text_config._attn_implementation == "eager"
 
 
+SCHEDULES = (
+    "none",
+    "paper",
+    [{"layer": 1, "similarity_threshold": 0.7}, {"layer": 5, "target_ratio": 0.5}],
+    [MergeStep(2, target_ratio=0.25)],
+    {"steps": "table5", "max_run": 8},
+    {"steps": [MergeStep(1, 0.9)], "survivor": "first"},
+    MergeSchedule.resolve({"steps": "paper", "window": 4, "ratio_of": "input"}, 6),
+)
+
+
+@pytest.mark.parametrize("value", SCHEDULES, ids=str)
+def test_a_merge_schedule_round_trips(tmp_path, value):
+    config = tiny_config(text={"num_hidden_layers": 6}, merge_schedule=value)
+    config.save_pretrained(tmp_path)
+    loaded = ElvaConfig.from_pretrained(tmp_path)
+    assert loaded.merge_schedule == config.merge_schedule
+    assert loaded.resolve_merge_schedule() == config.resolve_merge_schedule() == MergeSchedule.resolve(value, 6)
+    assert json.loads((tmp_path / "config.json").read_text()).get("merge_schedule", "none") == config.merge_schedule
+
+
+def test_what_json_can_say_is_stored_as_written():
+    for value in ("paper", SCHEDULES[2], SCHEDULES[4]):
+        assert tiny_config(text={"num_hidden_layers": 6}, merge_schedule=value).merge_schedule == value
+
+
+def test_a_merge_schedule_given_later_is_stored_as_json_too():
+    config = tiny_config()
+    config.merge_schedule = MergeSchedule([MergeStep(1, target_ratio=0.5)], max_run=2)
+    assert config.merge_schedule == {
+        "steps": [{"layer": 1, "target_ratio": 0.5}],
+        "ratio_of": "current",
+        "max_run": 2,
+        "window": None,
+        "survivor": "last",
+    }
+    assert config.resolve_merge_schedule().max_run == 2
+
+
+def test_a_preset_takes_threshold_ratio_and_depth_from_the_config():
+    config = tiny_config(
+        text={"num_hidden_layers": 8}, merge_schedule="paper", similarity_threshold=0.8, target_ratio=0.25
+    )
+    steps = (MergeStep(1, 0.8), MergeStep(3, 0.8), MergeStep(4, target_ratio=0.25))
+    assert config.resolve_merge_schedule().steps == steps
+
+
+def test_a_call_can_have_a_merge_schedule_of_its_own():
+    config = tiny_config(text={"num_hidden_layers": 8}, merge_schedule="paper", target_ratio=0.25)
+    assert not config.resolve_merge_schedule("none")
+    assert [step.target_ratio for step in config.resolve_merge_schedule("table5").steps] == [0.25, 0.25, 0.25]
+    assert config.resolve_merge_schedule(MergeSchedule()) == MergeSchedule()
+    assert len(config.resolve_merge_schedule(None).steps) == 3
+    with pytest.raises(ConfigurationError, match=r"layer 8: the decoder has 8 layers"):
+        config.resolve_merge_schedule([{"layer": 8, "target_ratio": 0.5}])
+
+
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"merge_schedule": "paper"}, "merge_schedule"),
+        ({"merge_schedule": "papers"}, r"merge_schedule='papers' is not known; choose one of none, paper, table5"),
+        ({"merge_schedule": "paper"}, r"needs a decoder of at least 4; this one has 2"),
+        ({"merge_schedule": [{"layer": 2, "target_ratio": 0.5}]}, r"layer 2: the decoder has 2 layers"),
+        ({"merge_schedule": {"max_runs": 2}}, r"no 'max_runs'"),
+        ({"similarity_threshold": -1}, r"similarity_threshold=-1"),
+        ({"target_ratio": 0}, r"target_ratio=0"),
         ({"patch_embed_type": "fancy"}, "patch_embed_type"),
         ({"patch_embed_dim": 10, "patch_embed_num_heads": 4}, "patch_embed_num_heads=4"),
         ({"patch_size": 0}, "patch_size=0"),
@@ -106,9 +170,10 @@ def test_impossible_values_are_refused_by_name(fields, words):
         tiny_config(**fields)
 
 
-def test_wrong_types_are_refused():
-    with pytest.raises(StrictDataclassFieldValidationError, match="patch_size"):
-        tiny_config(patch_size="28")
+@pytest.mark.parametrize("fields", [{"patch_size": "28"}, {"merge_schedule": 0.5}, {"merge_schedule": None}], ids=str)
+def test_wrong_types_are_refused(fields):
+    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
+        tiny_config(**fields)
 
 
 def test_unknown_presets_are_refused_with_the_known_ones():

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .errors_elva import ConfigurationError
+from .schedule_elva import MergeSchedule, check_similarity_threshold, check_target_ratio, plain_schedule
 
 SPECIAL_TOKENS = {
     "video_start_token": "<|vision_start|>",
@@ -42,9 +43,10 @@ class ElvaConfig(PreTrainedConfig):
         patch_embed_output_projection: Whether the cross-attention has an output projection.
         patch_embed_positions: Learned row and column embeddings added to patches: the number of rows and
             columns in the tables, or 0 for none. Not in the paper.
-        merge_schedule: Hierarchical merging (section 3.1); `"none"` is the only value so far.
-        similarity_threshold: tau of Eq. 1 (section 3.1).
-        target_ratio: Kept over input tokens of a deep merge; "50%" in section 3.1.
+        merge_schedule: Where tokens merge (section 3.1): `"none"`, `"paper"`, `"table5"`, a list of steps, or the
+            fields of a `MergeSchedule`.
+        similarity_threshold: tau of Eq. 1 (section 3.1), of the presets' shallow merges.
+        target_ratio: Kept over input tokens of the presets' deep merges; "50%" in section 3.1.
         longest_edge: Ceiling of a frame's longest side in pixels (section 4: 448 in pretraining, 672 in SFT, 1344 HD).
         low_res_longest_edge: The same for low-resolution frames (section 4: 336).
         num_high_res_frames: High-resolution frames of a video at inference (section 4: 32).
@@ -77,7 +79,7 @@ class ElvaConfig(PreTrainedConfig):
     patch_embed_norm: bool = False
     patch_embed_output_projection: bool = False
     patch_embed_positions: int = 0
-    merge_schedule: str = "none"
+    merge_schedule: str | list | dict | MergeSchedule = "none"
     similarity_threshold: float | int = 0.6
     target_ratio: float | int = 0.5
     longest_edge: int = 672
@@ -99,12 +101,30 @@ class ElvaConfig(PreTrainedConfig):
             self.tie_word_embeddings = True
         self.validate_architecture()  # @strict runs it too, but wraps the error in one of its own
 
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, plain_schedule(value) if key == "merge_schedule" else value)
+
+    def resolve_merge_schedule(self, value: Any = None) -> MergeSchedule:
+        """The merge schedule for this decoder, with this configuration's threshold and ratio in a preset.
+
+        Args:
+            value: What `merge_schedule` may be, for one call; None means the configuration's own.
+
+        Raises:
+            ConfigurationError: `value` is no schedule, or needs a deeper decoder.
+        """
+        return MergeSchedule.resolve(
+            self.merge_schedule if value is None else value,
+            self.text_config.num_hidden_layers,
+            self.similarity_threshold,
+            self.target_ratio,
+        )
+
     def validate_architecture(self) -> None:
         """Check what the types of the fields cannot say; run at construction."""
-        if self.merge_schedule != "none":
-            raise ConfigurationError(
-                f"merge_schedule={self.merge_schedule!r} is not known; this version runs 'none' only."
-            )
+        check_similarity_threshold(self.similarity_threshold)
+        check_target_ratio(self.target_ratio)
+        self.resolve_merge_schedule()
         if self.patch_embed_type not in ("video", "naive"):
             raise ConfigurationError(f"patch_embed_type={self.patch_embed_type!r}: expected 'video' or 'naive'.")
         if self.patch_embed_dim % self.patch_embed_num_heads:
