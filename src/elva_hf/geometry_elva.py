@@ -6,15 +6,17 @@ callers, so nothing else is trusted. Letters: `B` samples, `N` tokens, `P` patch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .errors_elva import PlaceholderError
+from .merging_elva import Tubes, cut_tubes
 
 TEXT, VIDEO_START, VIDEO_END, PATCH, FRAME, LINE = range(6)
 
+_PADDED = 8  # added to the kind of a padding token, to copy kinds and mask as one small tensor
 _GRID_BITS = 12  # rows and columns of a frame stay below 4096, so a tube id fits in 64 bits
 
 
@@ -35,6 +37,8 @@ class VisualGeometry:
         frame_columns: `(F,)` patches in a row of each frame.
         tube_ids: `(B, N)` equal for patches at the same place of the same grid of the same video;
             every other token has a tube of its own (negative).
+        valid: `(B, N)` bool, False for padding.
+        host: The same in the host's memory, for what must be known before a kernel starts; None if it is there.
     """
 
     patch_index: Tensor
@@ -48,6 +52,8 @@ class VisualGeometry:
     frame_rows: Tensor
     frame_columns: Tensor
     tube_ids: Tensor
+    valid: Tensor
+    host: VisualGeometry | None = None
 
     @property
     def num_patches(self) -> int:
@@ -63,6 +69,69 @@ class VisualGeometry:
     def num_lines(self) -> int:
         """Rows of patches of the batch, `L`."""
         return self.line_index.shape[0]
+
+    @property
+    def frame_numbers(self) -> Tensor:
+        """`(B, N)` frame of each visual token, counted in its sample from 0; -1 for every other token."""
+        length = self.tube_ids.shape[1]
+        flat = torch.full((self.tube_ids.numel(),), -1, dtype=torch.long, device=self.tube_ids.device)
+        frame_sample = self.frame_index // length
+        earlier = torch.searchsorted(frame_sample, frame_sample)  # frames of the batch before the sample's first
+        number = torch.arange(self.num_frames, device=flat.device) - earlier
+        line_frame = torch.arange(self.num_frames, device=flat.device).repeat_interleave(
+            self.frame_rows, output_size=self.num_lines
+        )
+        flat[self.patch_index] = number[self.patch_frame]
+        flat[self.frame_index] = number
+        flat[self.line_index] = number[line_frame]
+        return flat.view_as(self.tube_ids)
+
+    def tubes(self, window: int | None = None, max_run: int | None = None) -> Tubes:
+        """What may merge into what; computed on the host, without a copy from the device.
+
+        Args:
+            window: Frames of a video after which every run is cut; None for no cut.
+            max_run: Most frames a run may hold; None for no bound.
+        """
+        host = self.host or self
+        batch, length = host.tube_ids.shape
+        place = host.tube_ids.flatten()[host.patch_index]
+        first = torch.full((int(host.patch_video.max()) + 1,), host.num_frames).scatter_reduce(
+            0, host.patch_video, host.patch_frame, "amin"
+        )
+        frame = host.patch_frame - first[host.patch_video]
+        ids = cut_tubes(place, frame, window, max_run)
+        part = frame // window if window else torch.zeros_like(frame)
+        _, groups = (host.patch_video * (host.num_frames + 1) + part).unique(return_inverse=True)
+        first_of_tube = torch.full((int(ids.max()) + 1,), len(ids)).scatter_reduce(
+            0, ids, torch.arange(len(ids)), "amin"
+        )
+        samples = torch.zeros(int(groups.max()) + 1, dtype=torch.long)
+        samples[groups] = host.patch_index // length
+        device = self.tube_ids.device
+        return Tubes(
+            ids=host.tube_ids.flatten().index_copy(0, host.patch_index, ids).view(batch, length).to(device),
+            groups=torch.full((batch * length,), -1)
+            .index_copy(0, host.patch_index, groups)
+            .view_as(host.valid)
+            .to(device),
+            samples=samples.tolist(),
+            patches=groups.bincount().tolist(),
+            floors=groups[first_of_tube].bincount().tolist(),
+            tail=length - 1 - int((host.patch_index % length).max()),
+        )
+
+    def to(self, device: torch.device) -> VisualGeometry:
+        """The same on another device, which keeps the host's copy."""
+        if device == self.tube_ids.device:
+            return self
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "host"}
+        return VisualGeometry(**moved, host=self.host or self)
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy to the host; every wait for the device of a forward pass goes through here."""
+    return tensor.cpu()
 
 
 def token_kinds(input_ids: Tensor, kind_ids: dict[int, int]) -> Tensor:
@@ -97,21 +166,26 @@ def token_kinds_from_embeddings(inputs_embeds: Tensor, kind_rows: dict[int, Tens
     return kinds
 
 
-def read_geometry(kinds: Tensor) -> VisualGeometry | None:
-    """Derive the geometry of a batch from the kinds of its tokens, with one device-to-host copy.
+def read_geometry(kinds: Tensor, attention_mask: Tensor | None = None) -> VisualGeometry | None:
+    """Derive the geometry of a batch from the kinds of its tokens, on the host after one copy from the device.
 
     A frame is `<FRAME>` and then rows of equally many patches, each closed by `<LINE>`. Frames stand
     between a video start and a video end; text may stand between frames.
 
     Args:
         kinds: `(B, N)` from `token_kinds`.
+        attention_mask: `(B, N)`, 0 for padding; None if there is none.
 
     Returns:
-        The geometry, or None if the batch holds no visual token.
+        The geometry on the device of `kinds`, or None if the batch holds no visual token.
 
     Raises:
         PlaceholderError: A frame is cut, ragged, or outside the borders of a video.
     """
+    device = kinds.device
+    padding = torch.zeros_like(kinds) if attention_mask is None else (attention_mask == 0).to(kinds)
+    both = to_host((kinds + _PADDED * padding).to(torch.int8))
+    kinds, valid = both.long() % _PADDED, both < _PADDED
     patch, frame, line = kinds == PATCH, kinds == FRAME, kinds == LINE
     starts = (kinds == VIDEO_START).cumsum(1)
     inside = starts - (kinds == VIDEO_END).cumsum(1) == 1
@@ -122,7 +196,7 @@ def read_geometry(kinds: Tensor) -> VisualGeometry | None:
         return None
     if counts[-1]:
         _raise_malformed(malformed.view_as(kinds))
-    return _build_geometry(patch.flatten(), frame.flatten(), line.flatten(), video, counts[:3], kinds.shape)
+    return _build_geometry(patch.flatten(), frame.flatten(), line.flatten(), video, counts[:3], valid).to(device)
 
 
 def find_malformed(patch: Tensor, frame: Tensor, line: Tensor, inside: Tensor, video: Tensor) -> Tensor:
@@ -157,7 +231,7 @@ def find_malformed(patch: Tensor, frame: Tensor, line: Tensor, inside: Tensor, v
 
 
 def _build_geometry(
-    patch: Tensor, frame: Tensor, line: Tensor, video: Tensor, sizes: list[int], shape: torch.Size
+    patch: Tensor, frame: Tensor, line: Tensor, video: Tensor, sizes: list[int], valid: Tensor
 ) -> VisualGeometry:
     num_patches, num_frames, num_lines = sizes
     patch_index = torch.nonzero_static(patch, size=num_patches).squeeze(1)
@@ -191,7 +265,8 @@ def _build_geometry(
         patch_video=patch_video,
         frame_rows=frame_rows,
         frame_columns=frame_columns,
-        tube_ids=own_tube.index_copy(0, patch_index, place).view(shape),
+        tube_ids=own_tube.index_copy(0, patch_index, place).view_as(valid),
+        valid=valid,
     )
 
 

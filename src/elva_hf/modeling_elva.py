@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .attention_elva import wrap_decoder
+from .cache_elva import ElvaCache
 from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig
+from .decoder_elva import can_pack, run_packed, run_padded, sliding_window
 from .embedding_elva import ElvaPatchEmbedding
 from .errors_elva import CheckpointError, ConfigurationError, PlaceholderError
 from .geometry_elva import (
@@ -29,6 +33,13 @@ from .geometry_elva import (
     token_kinds,
     token_kinds_from_embeddings,
 )
+from .merging_elva import MergeMap
+from .schedule_elva import MergeSchedule
+
+LOSS_ROWS = 1024
+"""Supervised positions whose logits exist at a time; bounds the memory of the loss."""
+
+MergeScheduleLike = str | list | dict | MergeSchedule
 
 
 @dataclass
@@ -41,6 +52,28 @@ class ElvaVideoFeatures(BaseModelOutputWithPooling):
     """
 
     pixel_values_videos: Tensor | None = None
+
+
+@dataclass
+class ElvaModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of `ElvaModel`, at the input's length: a merged token reads the token that stands for it.
+
+    Args:
+        merge_map: Who stands for whom after each merge; with `output_merge_map=True` only.
+    """
+
+    merge_map: MergeMap | None = None
+
+
+@dataclass
+class ElvaCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Output of `ElvaForCausalLM`, at the input's length.
+
+    Args:
+        merge_map: Who stands for whom after each merge; with `output_merge_map=True` only.
+    """
+
+    merge_map: MergeMap | None = None
 
 
 class ElvaPreTrainedModel(PreTrainedModel):
@@ -67,13 +100,35 @@ class ElvaPreTrainedModel(PreTrainedModel):
             if module.positions is not None:
                 init.normal_(module.positions, std=self.config.initializer_range)
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the decoder gets the wrapper of that attention, which knows packed rows."""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, ElvaModel):
+                wrap_decoder(module.language_model)
+
+    def set_merge_schedule(self, merge_schedule: MergeScheduleLike) -> None:
+        """Set when and how visual tokens merge, for this model and what is saved of it.
+
+        Args:
+            merge_schedule: A preset (`"none"`, `"paper"`, `"table5"`), a list of steps, or a `MergeSchedule`.
+
+        Raises:
+            ConfigurationError: It is no schedule for a decoder of this depth.
+        """
+        self.config.resolve_merge_schedule(merge_schedule)
+        is_schedule = isinstance(merge_schedule, MergeSchedule)
+        self.config.merge_schedule = merge_schedule.to_dict() if is_schedule else merge_schedule
+
 
 class ElvaModel(ElvaPreTrainedModel):
     """The decoder without its language-model head: tokens and pixels to hidden states."""
 
     def __init__(self, config: ElvaConfig):
         super().__init__(config)
+        config.resolve_merge_schedule()  # one given to from_pretrained has not been checked yet
         self.language_model = AutoModel.from_config(config.text_config)
+        wrap_decoder(self.language_model)
         self.patch_embed = ElvaPatchEmbedding(config, config.text_config.hidden_size)
         self.post_init()
 
@@ -105,6 +160,7 @@ class ElvaModel(ElvaPreTrainedModel):
             pixel_values_videos=pixel_values_videos,
         )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -115,9 +171,10 @@ class ElvaModel(ElvaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
-        merge_schedule: str | None = None,
+        merge_schedule: MergeScheduleLike | None = None,
+        output_merge_map: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> ElvaModelOutputWithPast:
         """Run the decoder over text and video.
 
         Args:
@@ -129,31 +186,85 @@ class ElvaModel(ElvaPreTrainedModel):
             inputs_embeds: `(B, N, D)` instead of `input_ids`; visual tokens hold the rows of their special token.
             mm_encoder_outputs: Output of `get_video_features` under the key `"video"`, instead of pixels.
             use_cache: Whether to return keys and values.
-            merge_schedule: Overrides `config.merge_schedule`; `"none"` is the only value so far.
+            merge_schedule: Overrides `config.merge_schedule`; on a filled cache, for the new tokens only.
+            output_merge_map: Whether to return, and keep in the cache, who merged into whom.
             **kwargs: Passed to the decoder.
 
         Raises:
             PlaceholderError: Pixels and patch tokens do not match, or a frame is malformed.
-            ConfigurationError: `merge_schedule` is not known.
+            ConfigurationError: `merge_schedule` is no schedule for this decoder, or cannot be had together with
+                attention weights, a 4-D mask, this cache or this decoder.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise PlaceholderError("give exactly one of input_ids and inputs_embeds.")
-        if merge_schedule not in (None, "none"):
-            raise ConfigurationError(f"merge_schedule={merge_schedule!r} is not known; this version runs 'none' only.")
+        schedule = self.config.resolve_merge_schedule(merge_schedule)
         features = self._video_features(pixel_values_videos, mm_encoder_outputs)
-        geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features)
+        geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if geometry is not None:
             inputs_embeds = self._place_visual_embeddings(inputs_embeds, features, geometry)
-        return self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            **kwargs,
+        inputs = {
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+        }
+        can_merge = geometry is not None and geometry.num_patches > 0
+        has_merged = isinstance(past_key_values, ElvaCache)
+        if not (can_merge and schedule) and not has_merged and not (can_merge and self._packs_unmerged(inputs, kwargs)):
+            outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
+            return ElvaModelOutputWithPast(**outputs)
+        states = self._check_outputs(attention_mask, kwargs)
+        if not can_merge:
+            outputs = run_padded(self.language_model, **inputs, output_hidden_states=states, **kwargs)
+        else:
+            outputs = run_packed(
+                self.language_model,
+                **inputs,
+                use_cache=use_cache,
+                tubes=geometry.tubes(schedule.window, schedule.max_run) if schedule else None,
+                schedule=schedule,
+                valid=(geometry.host or geometry).valid,
+                frame_index=geometry.frame_numbers if output_merge_map else None,
+                output_hidden_states=states,
+                output_merge_map=output_merge_map,
+                **kwargs,
+            )
+        return ElvaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            merge_map=outputs.merge_map,
         )
+
+    def _packs_unmerged(self, inputs: dict[str, Any], kwargs: dict[str, Any]) -> bool:
+        """Whether a forward with video but without merging runs packed, which spares its padding."""
+        text = self.language_model.config
+        mask = inputs["attention_mask"]
+        plain_mask = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
+        return plain_mask and can_pack(text) and sliding_window(text) is None and not self._wants("attentions", kwargs)
+
+    def _wants(self, what: str, kwargs: dict[str, Any]) -> bool:
+        given = kwargs.get(f"output_{what}")
+        return bool(getattr(self.language_model.config, f"output_{what}", False) if given is None else given)
+
+    def _check_outputs(self, attention_mask: Any, kwargs: dict[str, Any]) -> bool:
+        """Refuse what merged tokens cannot give; returns whether hidden states are wanted."""
+        if self._wants("attentions", kwargs):
+            raise ConfigurationError(
+                "output_attentions=True cannot be had of merged tokens: every layer sees other keys. Use "
+                "merge_schedule='none'."
+            )
+        if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
+            raise ConfigurationError(
+                "merging needs an attention_mask of shape (B, N) and makes its own masks from it; got "
+                f"{tuple(getattr(attention_mask, 'shape', ()))}. Use merge_schedule='none' for a mask of your own."
+            )
+        states = self._wants("hidden_states", kwargs)
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs.pop(name, None)
+        return states
 
     def _check_pixels(self, pixels: Tensor) -> None:
         size = self.config.patch_size
@@ -176,13 +287,20 @@ class ElvaModel(ElvaPreTrainedModel):
         return self.patch_embed.encode_pixels(pixels)
 
     def _geometry(
-        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None, features: Tensor | None
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: Cache | None,
+        features: Tensor | None,
+        attention_mask: Tensor | None = None,
     ) -> VisualGeometry | None:
         """Read the geometry and check it against the pixels; a decode step of one token is not read at all."""
         tokens = input_ids if input_ids is not None else inputs_embeds
         if features is None and tokens.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
             return None
-        geometry = read_geometry(self.token_kinds(input_ids, inputs_embeds))
+        has_rows = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+        mask = attention_mask[:, -tokens.shape[1] :] if has_rows else None
+        geometry = read_geometry(self.token_kinds(input_ids, inputs_embeds), mask)
         num_patches = 0 if geometry is None else geometry.num_patches
         num_features = 0 if features is None else features.shape[0]
         if num_patches != num_features:
@@ -260,16 +378,19 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        merge_schedule: str | None = None,
+        merge_schedule: MergeScheduleLike | None = None,
+        output_merge_map: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> ElvaCausalLMOutputWithPast:
         """Run the decoder and the head.
 
         Arguments as in `ElvaModel.forward`, and:
 
         Args:
-            labels: `(B, N)` token ids to predict, -100 where there is nothing to learn (L_Gen of Eq. 4).
+            labels: `(B, N)` token ids to predict, -100 where there is nothing to learn (L_Gen of Eq. 4). The loss
+                computes logits where a label is, and nowhere else.
             logits_to_keep: Compute logits for the last so many positions, or for these positions; 0 for all.
+                In training mode with labels there are none: `(B, N, vocab)` would be most of the memory.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -281,22 +402,56 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             merge_schedule=merge_schedule,
+            output_merge_map=output_merge_map,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        hidden = outputs.last_hidden_state
+        logits, loss = None, None
+        if labels is None or not self.training:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden[:, kept])
         if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-            )
-        return CausalLMOutputWithPast(
+            loss = self.generative_loss(hidden, labels, kwargs.get("num_items_in_batch"))
+        return ElvaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            merge_map=outputs.merge_map,
         )
+
+    def generative_loss(self, hidden: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+        """Cross-entropy of the next token where there is a label (L_Gen of Eq. 4), without logits anywhere else.
+
+        Args:
+            hidden: `(B, N, D)` last hidden states.
+            labels: `(B, N)`, -100 where there is nothing to learn.
+            num_items_in_batch: What the sum is divided by; the labels of this batch if None.
+
+        Returns:
+            A scalar; zero, with a gradient, if there is no label.
+        """
+        targets = labels[:, 1:].flatten().to(hidden.device)
+        learned = (targets != -100).nonzero().squeeze(1)
+        rows, targets = hidden[:, :-1].flatten(0, 1)[learned], targets[learned]
+        count = num_items_in_batch if num_items_in_batch is not None else max(len(learned), 1)
+        if not len(learned):
+            return hidden.sum() * 0.0
+
+        def part_of_loss(rows: Tensor, targets: Tensor) -> Tensor:
+            return self.loss_function(
+                logits=self.lm_head(rows)[None],
+                labels=None,
+                shift_labels=targets[None],
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=count,
+            )
+
+        if len(learned) <= LOSS_ROWS:
+            return part_of_loss(rows, targets)
+        parts = zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
+        return torch.stack([checkpoint(part_of_loss, *part, use_reentrant=False) for part in parts]).sum()
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,207 @@
+"""Attention over packed rows: several samples one after another in one row, each seeing only itself.
+
+For every kernel of transformers there is a wrapper of the same name with the prefix `elva_`. It knows one
+more argument, `packing`; without it, it is the kernel. Nothing of transformers is replaced: the wrappers are
+registered beside its own functions, and a decoder is told to use them by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors_elva import ConfigurationError
+
+PREFIX = "elva_"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where each sample's queries and keys lie in a packed row.
+
+    Args:
+        query_lengths: Queries of each sample.
+        key_lengths: Keys of each sample; its queries are the last of them.
+        masks: `(1, 1, queries, keys)` of each sample in its kernel's form; None where plain causal attention will do.
+        flash_kwargs: The same for FlashAttention's variable-length kernels; empty for the others.
+    """
+
+    query_lengths: list[int]
+    key_lengths: list[int]
+    masks: list[Tensor | None]
+    flash_kwargs: dict[str, Any]
+
+    @classmethod
+    def build(cls, config: PreTrainedConfig, query_lengths: list[int], key_lengths: list[int], like: Tensor) -> Packing:
+        """Prepare a packed row for the kernel `config` names.
+
+        Args:
+            config: Configuration of the decoder.
+            query_lengths: Queries of each sample.
+            key_lengths: Keys of each sample.
+            like: A tensor of the decoder's device and dtype.
+
+        Raises:
+            ConfigurationError: The kernel does not know packed rows.
+        """
+        kernel = kernel_name(config)
+        if is_flash(kernel):
+            return cls(query_lengths, key_lengths, [], _flash_kwargs(query_lengths, key_lengths, like.device))
+        masks: dict[tuple[int, int], Tensor | None] = {}
+        for queries, keys in zip(query_lengths, key_lengths, strict=True):
+            if queries and (queries, keys) not in masks:
+                masks[queries, keys] = causal_mask(config, 1, queries, keys, None, like)
+        lengths = zip(query_lengths, key_lengths, strict=True)
+        return cls(query_lengths, key_lengths, [masks.get(pair) for pair in lengths], {})
+
+
+def _flash_kwargs(query_lengths: list[int], key_lengths: list[int], device: torch.device) -> dict[str, Any]:
+    def ends(lengths: list[int]) -> Tensor:
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+
+    return {
+        "cu_seq_lens_q": ends(query_lengths),
+        "cu_seq_lens_k": ends(key_lengths),
+        "max_length_q": max(query_lengths),
+        "max_length_k": max(key_lengths),
+    }
+
+
+def causal_mask(
+    config: PreTrainedConfig, batch: int, queries: int, keys: int, key_mask: Tensor | None, like: Tensor
+) -> Tensor | None:
+    """Mask of the last `queries` of `keys` tokens, in the form of the kernel `config` names.
+
+    Args:
+        config: Configuration of the decoder.
+        batch: `B`.
+        queries: Tokens that attend.
+        keys: Tokens attended to; distances count in these, whatever their position ids.
+        key_mask: `(B, keys)` bool, False for padding; None if there is none.
+        like: A tensor of the decoder's device and dtype.
+    """
+    return ALL_MASK_ATTENTION_FUNCTIONS[kernel_name(config)](
+        batch_size=batch,
+        q_length=queries,
+        kv_length=keys,
+        q_offset=keys - queries,
+        kv_offset=0,
+        attention_mask=key_mask,
+        allow_is_causal_skip=key_mask is None,
+        dtype=like.dtype,
+        device=like.device,
+        config=config,
+    )
+
+
+def wrap_attention(name: str) -> str:
+    """Register the wrapper of a kernel if that has not been done; returns its name, `"elva_" + name`."""
+    if name.startswith((PREFIX, "paged|")):
+        return name
+    wrapped = PREFIX + name
+    if wrapped not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(wrapped, partial(attend, name))
+        AttentionMaskInterface.register(wrapped, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    return wrapped
+
+
+def wrap_decoder(decoder: PreTrainedModel) -> None:
+    """Let a decoder use the wrapper of the attention it was told to use."""
+    decoder.config._attn_implementation = wrap_attention(decoder.config._attn_implementation)
+
+
+def kernel_name(config: PreTrainedConfig) -> str:
+    """Name of the kernel behind a decoder's wrapper.
+
+    Raises:
+        ConfigurationError: The decoder does not use a wrapper.
+    """
+    name = config._attn_implementation
+    if not name.startswith(PREFIX):
+        raise ConfigurationError(
+            f"the decoder's attention is {name!r}, which cannot run packed rows. Set it with "
+            f"model.set_attn_implementation({name!r}) on the whole model, not on its decoder."
+        )
+    return name.removeprefix(PREFIX)
+
+
+def is_flash(kernel: str) -> bool:
+    """Whether a kernel takes cumulative lengths, as FlashAttention does."""
+    return "flash" in kernel
+
+
+def attend(
+    kernel: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Run a kernel on padded rows, or on one packed row sample by sample.
+
+    Args:
+        kernel: Name of the kernel in transformers.
+        module: The attention layer.
+        query: `(B, heads, N, d)`, or `(1, heads, n, d)` packed.
+        key: `(B, key_value_heads, K, d)`, or `(1, key_value_heads, k, d)` packed.
+        value: As `key`.
+        attention_mask: Mask of padded rows; None for a packed row.
+        packing: Where the samples lie in a packed row; None for padded rows.
+        **kwargs: Passed to the kernel.
+
+    Returns:
+        `(B, N, heads, d)` or `(1, n, heads, d)`, and the kernel's attention weights (None for a packed row).
+    """
+    run = _find_kernel(kernel, module)
+    if is_flash(kernel):
+        flash_kwargs = packing.flash_kwargs if packing is not None else {}
+        return run(_Renamed(module, kernel), query, key, value, attention_mask, **{**kwargs, **flash_kwargs})
+    if packing is None:
+        return run(module, query, key, value, attention_mask, **kwargs)
+    rows = zip(
+        query.split(packing.query_lengths, 2),
+        key.split(packing.key_lengths, 2),
+        value.split(packing.key_lengths, 2),
+        packing.masks,
+        strict=True,
+    )
+    seen = [run(module, q, k, v, mask, **kwargs)[0] for q, k, v, mask in rows if q.shape[2]]
+    return (seen[0] if len(seen) == 1 else torch.cat(seen, 1)), None
+
+
+def _find_kernel(kernel: str, module: nn.Module) -> Callable:
+    """Find a kernel in transformers, which registers no "eager": each model file brings its own."""
+    if kernel == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[kernel]
+
+
+class _Renamed:
+    """An attention layer whose configuration names the kernel, by which transformers finds its FlashAttention."""
+
+    def __init__(self, target: Any, kernel: str):
+        self._target, self._kernel = target, kernel
+
+    @property
+    def config(self) -> Any:
+        return _Renamed(self._target.config, self._kernel)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return self._kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)

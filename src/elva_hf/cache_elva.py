@@ -1,0 +1,298 @@
+"""A key-value cache whose layers differ in length: after a merge, deeper layers hold fewer keys.
+
+Every layer counts twice. Its logical length is the tokens it has seen, on which generate() builds positions and
+crops; its physical length is the columns it holds. Samples of a batch keep unlike numbers of tokens, so columns have
+holes: the first layer of a stage (the layers between two merges) carries the stage's key mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .errors_elva import ConfigurationError
+from .merging_elva import MergeMap
+
+
+class ElvaDynamicLayer(DynamicLayer):
+    """Keys and values of one decoder layer, of which merged tokens take no room.
+
+    Attributes:
+        starts_stage: Whether a merge, or the decoder itself, stands before this layer.
+        key_mask: `(B, physical)` bool, False for a hole; None if the stage has none. On a stage's first layer only.
+        merged: Tokens seen minus columns held.
+        tail: Columns at the end that hold one token each in every layer, so that they can be cropped.
+        survivors: `(B, N)` who stands for whom after the merge before this layer; None if not asked for.
+        frame_index: `(B, N)` frame of each token, on the first layer; None if not asked for.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.starts_stage = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.merged = 0
+        self.tail = 0
+        self.key_mask: Tensor | None = None
+        self.survivors: Tensor | None = None
+        self.frame_index: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """Physical length."""
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        """Logical length: tokens seen, merged ones included."""
+        return self.columns + self.merged
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical length with the queries, and how far it lags behind the logical one."""
+        return self.columns + query_length, self.merged
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append `(B, heads, N, d)`, one column for each token."""
+        self.tail += key_states.shape[-2]
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def extend_key_mask(self, new: Tensor | None, batch: int, columns: int) -> Tensor | None:
+        """Append `(B, columns)` to the stage's key mask and return it; None stands for "no hole"."""
+        if self.key_mask is not None or new is not None:
+            parts = ((self.key_mask, self.columns), (new, columns))
+            device = new.device if new is not None else self.key_mask.device
+            full = [
+                torch.ones(batch, length, dtype=torch.bool, device=device) if part is None else part.to(device)
+                for part, length in parts
+            ]
+            self.key_mask = torch.cat(full, 1)
+        return self.key_mask
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last tokens (a negative number).
+
+        Raises:
+            ConfigurationError: Some of them were merged: what they were is gone.
+        """
+        count = abs(tokens_to_remove)
+        if tokens_to_remove < 0 and self.is_initialized and count > self.tail:
+            raise ConfigurationError(
+                f"cannot crop {count} tokens: only the last {self.tail} of the cache are not part of a video that was "
+                "merged. Crop fewer, or start again from an empty cache."
+            )
+        super().crop(tokens_to_remove)
+        if count and self.is_initialized:
+            self.tail -= count
+            self.key_mask = None if self.key_mask is None else self.key_mask[:, :-count]
+            self.survivors = None if self.survivors is None else self.survivors[:, : self.get_seq_length()]
+            self.frame_index = None if self.frame_index is None else self.frame_index[:, : self.get_seq_length()]
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        super().reset()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the samples, for beam search."""
+        super().reorder_cache(beam_idx)
+        self._map(lambda record: record.index_select(0, beam_idx.to(record.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sample."""
+        super().batch_repeat_interleave(repeats)
+        self._map(lambda record: record.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples."""
+        super().batch_select_indices(indices)
+        self._map(lambda record: record[indices])
+
+    def offload(self) -> None:
+        """Move to the host's memory."""
+        super().offload()
+        self._map(lambda record: record.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move back to the device."""
+        super().prefetch()
+        if self.is_initialized:
+            self._map(lambda record: record.to(self.device, non_blocking=True))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("key_mask", "survivors", "frame_index"):
+            record = getattr(self, name)
+            if record is not None:
+                setattr(self, name, change(record))
+
+
+class ElvaCache(Cache):
+    """A cache of `ElvaDynamicLayer`; `model(...)` and `generate(...)` return it once something has merged."""
+
+    @property
+    def tokens_per_layer(self) -> Tensor:
+        """`(num_layers, B)` int64: tokens each layer holds of each sample."""
+        counts, mask = [], None
+        for layer in self.layers:
+            if layer.starts_stage:
+                mask = layer.key_mask
+            if not layer.is_initialized:
+                return torch.zeros(len(self.layers), 0, dtype=torch.long)
+            full = torch.full((layer.keys.shape[0],), layer.columns)
+            counts.append(full if mask is None else mask.sum(1).cpu())
+        return torch.stack(counts)
+
+    @property
+    def merge_map(self) -> MergeMap | None:
+        """Who stands for whom among all tokens seen; None unless `output_merge_map=True` was given."""
+        steps = [i for i, layer in enumerate(self.layers) if layer.survivors is not None]
+        if not steps:
+            return None
+        length = self.get_seq_length()
+        survivors = tuple(extend_survivors(self.layers[i].survivors, length) for i in steps)
+        frames = self.layers[0].frame_index
+        if frames is not None:
+            frames = torch.nn.functional.pad(frames, (0, length - frames.shape[1]), value=-1)
+        return MergeMap(tuple(steps), survivors, frames)
+
+    def stage_masks(self) -> list[Tensor | None]:
+        """Key mask of every layer's stage."""
+        masks, mask = [], None
+        for layer in self.layers:
+            mask = layer.key_mask if layer.starts_stage else mask
+            masks.append(mask)
+        return masks
+
+
+def extend_survivors(survivors: Tensor, length: int) -> Tensor:
+    """Let tokens after the recorded ones, up to `length`, stand for themselves."""
+    batch, seen = survivors.shape
+    alone = torch.arange(seen, length, device=survivors.device).expand(batch, -1)
+    return torch.cat([survivors, alone], 1)
+
+
+def adopt_cache(cache: Cache | None, num_layers: int, past_mask: Tensor | None = None) -> ElvaCache:
+    """Make a cache ready for merging, in place: its layers are exchanged, what they hold is kept.
+
+    Args:
+        cache: A dynamic cache, empty or filled; None for a new one.
+        num_layers: Layers of the decoder.
+        past_mask: `(B, past)` 0 for padding, for what a filled cache of another class holds.
+
+    Returns:
+        An `ElvaCache` that shares its layers with `cache`.
+
+    Raises:
+        ConfigurationError: The layers cannot differ in length, or have already dropped tokens.
+    """
+    if isinstance(cache, ElvaCache):
+        return cache
+    layers = cache.layers if cache is not None else []
+    for layer in layers:
+        _check_layer(layer)
+    layers[:] = [_adopt_layer(layer) for layer in layers]
+    layers.extend(ElvaDynamicLayer() for _ in range(num_layers - len(layers)))
+    layers[0].starts_stage = True
+    if layers[0].columns and past_mask is not None:
+        layers[0].key_mask = past_mask[:, : layers[0].columns].to(torch.bool)
+    adopted = ElvaCache(layers=layers)
+    if cache is not None:
+        vars(adopted).update({**vars(cache), "layers": layers, "layer_class_to_replicate": None})
+    return adopted
+
+
+def _check_layer(layer: Any) -> None:
+    is_full_window = isinstance(layer, DynamicSlidingWindowLayer) and layer.cumulative_length >= layer.sliding_window
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, ElvaDynamicLayer) or is_full_window:
+        raise ConfigurationError(
+            f"a cache with {type(layer).__name__} layers cannot hold merged tokens. Use a DynamicCache (drop "
+            "cache_implementation), or merge_schedule='none'."
+        )
+
+
+def _adopt_layer(layer: DynamicLayer) -> ElvaDynamicLayer:
+    if isinstance(layer, ElvaDynamicLayer):
+        return layer
+    adopted = ElvaDynamicLayer()
+    if layer.is_initialized:
+        adopted.lazy_initialization(layer.keys, layer.values)
+        adopted.keys, adopted.values, adopted.tail = layer.keys, layer.values, layer.get_seq_length()
+    return adopted
+
+
+@dataclass(frozen=True)
+class Filing:
+    """Where the tokens of a packed row go in the padded cache, for the layers of one stage.
+
+    Args:
+        batch: `B`.
+        width: Columns this forward appends.
+        tokens: Columns of the input, merged ones included.
+        tail: Columns at the end that were not merged and can be cropped.
+        slots: `(n,)` place of each packed token in `(B * width)`; None if every place is taken, in order.
+        key_places: `(k,)` sample and `(k,)` column of every key of the stage, sample by sample; None if the new
+            keys, or all columns of a single sample, are all there is.
+        has_past: Whether the cache held something before.
+    """
+
+    batch: int
+    width: int
+    tokens: int
+    tail: int
+    slots: Tensor | None
+    key_places: tuple[Tensor, Tensor] | None
+    has_past: bool
+
+    def pad(self, states: Tensor) -> Tensor:
+        """`(1, heads, n, d)` packed to `(B, heads, width, d)` padded."""
+        rows = states[0].transpose(0, 1)
+        if self.slots is not None:
+            rows = rows.new_zeros(self.batch * self.width, *rows.shape[1:]).index_copy(0, self.slots, rows)
+        return rows.unflatten(0, (self.batch, self.width)).transpose(1, 2)
+
+    def pack(self, states: Tensor) -> Tensor:
+        """`(B, heads, columns, d)` padded to `(1, heads, k, d)` packed."""
+        if self.key_places is None:
+            return states
+        samples, columns = self.key_places
+        return states[samples, :, columns].transpose(0, 1)[None]
+
+
+class PackedCache:
+    """The cache as a decoder's layers see it in a packed forward: packed keys go in, packed keys come out."""
+
+    def __init__(self, cache: Cache, filing: Filing):
+        self.cache, self.filing = cache, filing
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """File `(1, heads, n, d)`; returns all keys and values of the layer, `(1, heads, k, d)`."""
+        filing = self.filing
+        keys, values = self.cache.update(filing.pad(key_states), filing.pad(value_states), layer_idx, *args, **kwargs)
+        layer = self.cache.layers[layer_idx]
+        if isinstance(layer, ElvaDynamicLayer):
+            layer.merged += filing.tokens - filing.width
+            layer.tail = filing.tail
+        if not filing.has_past:
+            return key_states, value_states
+        return filing.pack(keys), filing.pack(values)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Logical length of a layer."""
+        return self.cache.get_seq_length(layer_idx)
+
+
+def find_key_places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Sample and column of every True of a `(B, columns)` mask on the host, sample by sample."""
+    samples, columns = mask.nonzero(as_tuple=True)
+    return samples, columns
+
+
+def has_hole(masks: Iterable[Tensor]) -> bool:
+    """Whether a mask on the host has a False."""
+    return not all(bool(mask.all()) for mask in masks)

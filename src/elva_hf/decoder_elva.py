@@ -1,0 +1,548 @@
+"""Embeddings through the layers of a causal decoder, with tokens merging on the way (section 3.1, Figure 2).
+
+The layers are the decoder's own: this file only decides what goes into them. A forward with video is packed (the
+samples one after another in one row, no padding), because a merge leaves every sample with a length of its own;
+generated tokens and later text run as ordinary padded rows. Letters: `B` samples, `N` tokens, `n` tokens of a packed
+row, `D` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from .attention_elva import Packing, causal_mask, kernel_name
+from .cache_elva import ElvaCache, Filing, PackedCache, adopt_cache, extend_survivors, find_key_places
+from .errors_elva import ConfigurationError
+from .geometry_elva import to_host
+from .merging_elva import (
+    MergeMap,
+    Tubes,
+    count_removals,
+    find_survivors,
+    link_tubes,
+    merge_above,
+    merge_most_similar,
+    merge_tokens,
+    similarity_to_next,
+)
+from .schedule_elva import MergeSchedule, MergeStep
+
+DECODERS = ("qwen2", "qwen3", "llama", "mistral")
+"""Decoders that are embedding, rotary positions, layers and a final norm, and nothing else."""
+
+NO_MERGING = MergeSchedule()
+
+MLP_ROWS = 2048
+"""Tokens the MLP of a layer takes at a time in a long prefill; bounds its memory, changes no result."""
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What a run of the decoder gives, all at the input's length.
+
+    Args:
+        last_hidden_state: `(B, N, D)` after the final norm; a merged token reads its survivor, padding is zero.
+        past_key_values: The cache, or None.
+        hidden_states: The input of every layer and the final state, each `(B, N, D)`, or None.
+        merge_map: Who stands for whom, or None.
+    """
+
+    last_hidden_state: Tensor
+    past_key_values: Cache | None
+    hidden_states: tuple[Tensor, ...] | None = None
+    merge_map: MergeMap | None = None
+
+
+def can_pack(config: PreTrainedConfig) -> bool:
+    """Whether `run_packed` knows a decoder of this configuration."""
+    return config.model_type in DECODERS
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Smallest number of tokens a layer of this decoder sees; None if all layers see everything."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    return window if kinds is None or "sliding_attention" in kinds else None
+
+
+def check_window(config: PreTrainedConfig, length: int) -> None:
+    """Refuse merged sequences longer than a sliding window.
+
+    Raises:
+        ConfigurationError: Windows count original positions, which merged keys no longer stand at.
+    """
+    window = sliding_window(config)
+    if window is not None and length > window:
+        raise ConfigurationError(
+            f"{length} tokens, but this {config.model_type} decoder has layers that see {window} tokens back, and "
+            "merged tokens cannot be counted in such a window. Take fewer or smaller frames, or merge_schedule='none'."
+        )
+
+
+@dataclass(frozen=True)
+class PackedTokens:
+    """The tokens of a batch between two layers.
+
+    Args:
+        hidden: `(n, D)`.
+        rotary: Cosines and sines, each `(1, n, head_dim)`; survivors keep the positions they had.
+        tubes: `(n,)` tube of each token.
+        groups: `(n,)` ratio group of each patch, -1 elsewhere.
+        sizes: `(n,)` input tokens each token stands for.
+        origins: `(n,)` index each token had in the packed input.
+        now: `(n_input,)` where each token of the packed input, or what stands for it, is now.
+        lengths: Tokens of each sample.
+        patches: Patches of each group.
+    """
+
+    hidden: Tensor
+    rotary: tuple[Tensor, Tensor]
+    tubes: Tensor | None
+    groups: Tensor | None
+    sizes: Tensor | None
+    origins: Tensor
+    now: Tensor
+    lengths: list[int]
+    patches: list[int]
+
+
+def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, tubes: Tubes) -> PackedTokens:
+    """Merge once; a threshold waits once for the device, a ratio never.
+
+    Args:
+        tokens: Before the merge.
+        step: Threshold or ratio.
+        schedule: Where `ratio_of` and `survivor` are taken from.
+        tubes: The host's knowledge of the groups.
+    """
+    links = link_tubes(tokens.tubes)
+    similarity = similarity_to_next(tokens.hidden.detach(), links)
+    groups = tokens.groups[links.order]
+    if step.similarity_threshold is not None:
+        merge = merge_above(similarity, step.similarity_threshold)
+        found = torch.zeros(len(tubes.patches) + 1, dtype=torch.long, device=merge.device)
+        removals = to_host(found.index_add(0, groups + 1, merge.long()))[1:].tolist()
+    else:
+        removals = count_removals(tokens.patches, tubes.patches, tubes.floors, step.target_ratio, schedule.ratio_of)
+        budget = torch.tensor(removals).to(tokens.hidden.device, non_blocking=True)
+        merge = merge_most_similar(similarity, groups, budget)
+    if not any(removals):
+        return tokens
+    lengths = list(tokens.lengths)
+    for sample, count in zip(tubes.samples, removals, strict=True):
+        lengths[sample] -= count
+    survivors = find_survivors(merge, links, schedule.survivor)
+    hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths))
+    return PackedTokens(
+        hidden=hidden,
+        rotary=tuple(part[:, kept] for part in tokens.rotary),
+        tubes=tokens.tubes[kept],
+        groups=tokens.groups[kept],
+        sizes=sizes,
+        origins=tokens.origins[kept],
+        now=places[tokens.now],
+        lengths=lengths,
+        patches=[before - count for before, count in zip(tokens.patches, removals, strict=True)],
+    )
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where the tokens of a padded batch are, known on the host.
+
+    Args:
+        valid: `(B, N)` bool on the host, False for padding.
+        index: `(n,)` flat place of each packed token in the batch, on the device; None if there is no padding.
+        tail: Trailing columns that no merge reaches.
+    """
+
+    valid: Tensor
+    index: Tensor | None
+    tail: int
+
+    @classmethod
+    def read(cls, valid: Tensor, tail: int, device: torch.device) -> BatchLayout:
+        """Lay out a batch from its mask on the host."""
+        index = None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        return cls(valid, index, tail)
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """`(B, N, ...)` to `(n, ...)`."""
+        flat = padded.flatten(0, 1)
+        return flat if self.index is None else flat[self.index]
+
+    def unpack(self, packed: Tensor, fill: float = 0) -> Tensor:
+        """`(n, ...)` to `(B, N, ...)`, padding filled."""
+        if self.index is not None:
+            flat = packed.new_full((self.valid.numel(), *packed.shape[1:]), fill)
+            packed = flat.index_copy(0, self.index, packed)
+        return packed.unflatten(0, self.valid.shape)
+
+    def file(self, lengths: list[int], past: Tensor | None, old_tail: int, device: torch.device) -> tuple[Filing, Any]:
+        """Plan where a stage's tokens go in the padded cache.
+
+        What a merge may have shortened is pushed against the tail, which keeps the columns of the input: that is
+        what makes cropping the tail exact.
+
+        Args:
+            lengths: Tokens each sample has left.
+            past: `(B, columns)` bool on the host, keys already in the cache; None if it is empty.
+            old_tail: Columns that could be cropped before.
+            device: Where the indices are wanted.
+
+        Returns:
+            The plan, and `(B, columns)` bool on the host: the stage's keys after this forward.
+        """
+        batch, tokens = self.valid.shape
+        last = self.valid[:, tokens - self.tail :]
+        body = torch.tensor(lengths) - last.sum(1)
+        room = int(body.max())
+        new = torch.cat([torch.arange(room) >= room - body[:, None], last], 1)
+        keys = new if past is None else torch.cat([past, new], 1)
+        slots = None if bool(new.all()) else new.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
+        places = None
+        if past is not None and (batch > 1 or not bool(keys.all())):
+            places = tuple(part.to(device, non_blocking=True) for part in find_key_places(keys))
+        tail = self.tail + (old_tail if self.tail == tokens else 0)
+        return Filing(batch, new.shape[1], tokens, tail, slots, places, past is not None), keys
+
+
+def run_packed(
+    decoder: PreTrainedModel,
+    inputs_embeds: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Cache | None = None,
+    use_cache: bool | None = None,
+    tubes: Tubes | None = None,
+    schedule: MergeSchedule = NO_MERGING,
+    valid: Tensor | None = None,
+    frame_index: Tensor | None = None,
+    output_hidden_states: bool = False,
+    output_merge_map: bool = False,
+    **kwargs: Any,
+) -> DecoderOutput:
+    """Run a batch through the decoder's layers as one packed row, merging where the schedule says.
+
+    Args:
+        decoder: A decoder of `DECODERS` whose attention is wrapped (`wrap_decoder`).
+        inputs_embeds: `(B, N, D)`.
+        attention_mask: `(B, past + N)` or `(B, N)`, 0 for padding on either side.
+        position_ids: `(B, N)`; counted over real tokens if None.
+        past_key_values: Keys and values of earlier tokens.
+        use_cache: Whether to return keys and values; as the decoder's configuration says if None.
+        tubes: What may merge; None if nothing may.
+        schedule: When it does.
+        valid: `(B, N)` bool on the host, the mask of the new tokens, if the caller has it there.
+        frame_index: `(B, N)` frame of each visual token, for the merge map.
+        output_hidden_states: Whether to return the input of every layer.
+        output_merge_map: Whether to return, and keep in the cache, who stands for whom.
+        **kwargs: Passed to the layers.
+
+    Raises:
+        ConfigurationError: The decoder, its cache or its sliding windows cannot be merged.
+    """
+    config = decoder.config
+    if not can_pack(config):
+        raise ConfigurationError(
+            f"{config.model_type!r} decoders cannot be merged; those that can are {', '.join(DECODERS)}. "
+            "Use merge_schedule='none'."
+        )
+    kernel_name(config)
+    tubes = tubes if schedule else None
+    tokens = inputs_embeds.shape[1]
+    if valid is None:
+        mask = None if attention_mask is None else attention_mask[:, -tokens:] != 0
+        valid = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool) if mask is None else to_host(mask)
+    layout = BatchLayout.read(valid, tokens if tubes is None else tubes.tail, inputs_embeds.device)
+    cache = _open_cache(decoder, past_key_values, use_cache, tubes is not None, attention_mask)
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    if tubes is not None or isinstance(cache, ElvaCache):
+        check_window(config, seen + tokens)
+    past = _past_masks(cache, attention_mask, seen, len(valid), config.num_hidden_layers)
+    positions = _positions(position_ids, attention_mask, seen, inputs_embeds)
+    state = _pack(decoder, inputs_embeds, positions, layout, tubes)
+    trace = Trace([] if output_hidden_states else None, {} if output_merge_map else None)
+    state = _run_stages(decoder, state, layout, cache, past, (schedule, tubes), trace, kwargs)
+
+    final = layout.unpack(decoder.norm(state.hidden)[state.now])
+    merge_map = None
+    if trace.survivors is not None:
+        merge_map = MergeMap(tuple(trace.survivors), tuple(trace.survivors.values()), frame_index)
+        if isinstance(cache, ElvaCache):
+            _record(cache, merge_map, seen)
+    states = None if trace.hidden_states is None else (*trace.hidden_states, final)
+    return DecoderOutput(final, cache, states, merge_map)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a run leaves besides its result; None for what is not wanted.
+
+    Args:
+        hidden_states: Input of each layer so far, `(B, N, D)`.
+        survivors: `(B, N)` column of each token's survivor, by the layer that merged.
+    """
+
+    hidden_states: list[Tensor] | None
+    survivors: dict[int, Tensor] | None
+
+
+def _run_stages(
+    decoder: PreTrainedModel,
+    state: PackedTokens,
+    layout: BatchLayout,
+    cache: Cache | None,
+    past: list[Tensor | None],
+    merging: tuple[MergeSchedule, Tubes | None],
+    trace: Trace,
+    kwargs: dict[str, Any],
+) -> PackedTokens:
+    """Run all layers; masks and places in the cache are made where a stage begins."""
+    schedule, tubes = merging
+    layers = decoder.layers[: decoder.config.num_hidden_layers]
+    run_layer = partial(_run_layer, use_cache=cache is not None, **kwargs)
+    with mlp_in_chunks(layers, len(state.hidden)):
+        for i, layer in enumerate(layers):
+            step = None if tubes is None else schedule.step_at(i)
+            if step is not None:
+                state = merge_step(state, step, schedule, tubes)
+            if step is not None and trace.survivors is not None:
+                trace.survivors[i] = _survivor_columns(state, layout)
+            if i == 0 or step is not None or _starts_stage(cache, i):
+                packing, view = _enter_stage(decoder.config, state, layout, cache, i, past[i])
+            if trace.hidden_states is not None:
+                trace.hidden_states.append(layout.unpack(state.hidden[state.now]))
+            state = replace(state, hidden=run_layer(layer, state.hidden[None], state.rotary, None, view, packing)[0])
+    return state
+
+
+def run_padded(
+    decoder: PreTrainedModel,
+    inputs_embeds: Tensor,
+    *,
+    past_key_values: ElvaCache,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    output_hidden_states: bool = False,
+    **kwargs: Any,
+) -> DecoderOutput:
+    """Run tokens that never merge through the decoder's layers, after others that have merged.
+
+    Args:
+        decoder: The decoder that filled the cache.
+        inputs_embeds: `(B, N, D)`.
+        past_key_values: A cache whose layers differ in length.
+        attention_mask: `(B, past + N)` or `(B, N)`, 0 for padding; only the new tokens' part is read.
+        position_ids: `(B, N)`; counted over real tokens if None.
+        output_hidden_states: Whether to return the input of every layer.
+        **kwargs: Passed to the layers.
+
+    Raises:
+        ConfigurationError: The sequence outgrows a sliding window.
+    """
+    batch, tokens, _ = inputs_embeds.shape
+    cache, config = past_key_values, decoder.config
+    seen = cache.get_seq_length()
+    check_window(config, seen + tokens)
+    new = None if attention_mask is None else attention_mask[:, -tokens:].to(torch.bool)
+    rotary = decoder.rotary_emb(inputs_embeds, _positions(position_ids, attention_mask, seen, inputs_embeds))
+    hidden, hidden_states, mask = inputs_embeds, [], None
+    for i, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
+        entry = cache.layers[i]
+        if entry.starts_stage:
+            keys = entry.columns + tokens
+            key_mask = entry.extend_key_mask(new, batch, tokens)
+            mask = causal_mask(config, batch, tokens, keys, key_mask, hidden)
+        if output_hidden_states:
+            hidden_states.append(hidden)
+        hidden = _run_layer(layer, hidden, rotary, mask, cache, None, use_cache=True, **kwargs)
+    hidden = decoder.norm(hidden)
+    return DecoderOutput(hidden, cache, (*hidden_states, hidden) if output_hidden_states else None)
+
+
+def _run_layer(
+    layer: nn.Module,
+    hidden: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    cache: Cache | PackedCache | None,
+    packing: Packing | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Run one layer; position ids stay out of it, as FlashAttention would take gaps in them for borders."""
+    output = layer(
+        hidden,
+        attention_mask=mask,
+        position_embeddings=rotary,
+        past_key_values=cache,
+        packing=packing,
+        **kwargs,
+    )
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _pack(
+    decoder: PreTrainedModel, inputs_embeds: Tensor, positions: Tensor, layout: BatchLayout, tubes: Tubes | None
+) -> PackedTokens:
+    hidden = layout.pack(inputs_embeds)
+    here = torch.arange(len(hidden), device=hidden.device)
+    sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return PackedTokens(
+        hidden=hidden,
+        rotary=decoder.rotary_emb(hidden[None], layout.pack(positions.expand(inputs_embeds.shape[:2]))[None]),
+        tubes=None if tubes is None else layout.pack(tubes.ids),
+        groups=None if tubes is None else layout.pack(tubes.groups),
+        sizes=None if tubes is None else torch.ones(len(hidden), dtype=sums, device=hidden.device),
+        origins=here,
+        now=here,
+        lengths=layout.valid.sum(1).tolist(),
+        patches=[] if tubes is None else list(tubes.patches),
+    )
+
+
+def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, seen: int, like: Tensor) -> Tensor:
+    """`(B or 1, N)`: as given, or counted over the real tokens, so that padding moves nothing."""
+    tokens = like.shape[1]
+    if position_ids is not None:
+        return position_ids
+    if attention_mask is not None and attention_mask.shape[1] == seen + tokens:
+        return ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
+    return torch.arange(seen, seen + tokens, device=like.device)[None]
+
+
+def _open_cache(
+    decoder: PreTrainedModel,
+    cache: Cache | None,
+    use_cache: bool | None,
+    merging: bool,
+    attention_mask: Tensor | None,
+) -> Cache | None:
+    use_cache = decoder.config.use_cache if use_cache is None else use_cache
+    if decoder.training and decoder.is_activation_checkpointing:
+        use_cache = False  # layers that are computed twice cannot file their keys
+    if cache is None and not use_cache:
+        return None
+    if merging:
+        return adopt_cache(cache, decoder.config.num_hidden_layers, attention_mask)
+    return DynamicCache(config=decoder.config) if cache is None else cache
+
+
+def _past_masks(
+    cache: Cache | None, attention_mask: Tensor | None, seen: int, batch: int, num_layers: int
+) -> list[Tensor | None]:
+    """`(B, columns)` keys each layer's stage holds, on the host; one copy for all stages."""
+    if not seen:
+        return [None] * num_layers
+    if not isinstance(cache, ElvaCache):
+        full = attention_mask is not None and attention_mask.shape[1] > seen
+        mask = to_host(attention_mask[:, :seen] != 0) if full else torch.ones(batch, seen, dtype=torch.bool)
+        return [mask] * num_layers
+    masks = cache.stage_masks()
+    own = [mask for layer, mask in zip(cache.layers, masks, strict=True) if layer.starts_stage and mask is not None]
+    copies = iter(to_host(torch.cat(own, 1)).split([mask.shape[1] for mask in own], 1) if own else ())
+    past: list[Tensor | None] = []
+    for layer, mask in zip(cache.layers, masks, strict=True):
+        if layer.starts_stage:
+            stage = torch.ones(batch, layer.columns, dtype=torch.bool) if mask is None else next(copies)
+        past.append(stage)
+    return past
+
+
+def _starts_stage(cache: Cache | None, layer: int) -> bool:
+    return isinstance(cache, ElvaCache) and cache.layers[layer].starts_stage
+
+
+def _enter_stage(
+    config: PreTrainedConfig,
+    state: PackedTokens,
+    layout: BatchLayout,
+    cache: Cache | None,
+    layer: int,
+    past: Tensor | None,
+) -> tuple[Packing, PackedCache | None]:
+    """Prepare what all layers up to the next merge share: masks, and places in the cache."""
+    if cache is None:
+        return Packing.build(config, state.lengths, state.lengths, state.hidden), None
+    entry = cache.layers[layer] if isinstance(cache, ElvaCache) else None
+    filing, keys = layout.file(state.lengths, past, entry.tail if entry is not None else 0, state.hidden.device)
+    if entry is not None:
+        entry.starts_stage = True
+        entry.key_mask = None if bool(keys.all()) else keys.to(state.hidden.device, non_blocking=True)
+    key_lengths = state.lengths if past is None else keys.sum(1).tolist()
+    packing = Packing.build(config, state.lengths, key_lengths, state.hidden)
+    return packing, PackedCache(cache, filing)
+
+
+def _survivor_columns(state: PackedTokens, layout: BatchLayout) -> Tensor:
+    """`(B, N)` column of the token that stands for each token, -1 for padding."""
+    survivors = state.origins[state.now]
+    if layout.index is not None:
+        survivors = layout.index[survivors]
+    return layout.unpack(survivors % layout.valid.shape[1], fill=-1)
+
+
+def _record(cache: ElvaCache, merge_map: MergeMap, seen: int) -> None:
+    """Keep a merge map in the cache, after what was recorded for the `seen` tokens before."""
+    for i, survivors in zip(merge_map.layers, merge_map.survivors, strict=True):
+        shifted = torch.where(survivors < 0, survivors, survivors + seen)
+        entry = cache.layers[i]
+        before = entry.survivors if entry.survivors is not None else shifted[:, :0]
+        entry.survivors = torch.cat([extend_survivors(before, seen), shifted], 1)
+    if merge_map.frame_index is not None:
+        entry = cache.layers[0]
+        before = entry.frame_index if entry.frame_index is not None else merge_map.frame_index[:, :0]
+        before = nn.functional.pad(before, (0, seen - before.shape[1]), value=-1)
+        later = merge_map.frame_index
+        if before.shape[1]:
+            later = torch.where(later < 0, later, later + before.amax(1, keepdim=True) + 1)
+        entry.frame_index = torch.cat([before, later], 1)
+
+
+@contextmanager
+def mlp_in_chunks(layers: nn.ModuleList, tokens: int) -> Iterator[None]:
+    """Let the MLP of each layer take `MLP_ROWS` tokens at a time, where no gradient needs its insides.
+
+    Only these instances change, and only inside the context; a second thread that meets a wrapped MLP leaves
+    it alone.
+
+    Args:
+        layers: The decoder's layers.
+        tokens: Length of the packed row.
+    """
+    wrapped = []
+    if tokens > MLP_ROWS and not torch.is_grad_enabled():
+        for layer in layers:
+            mlp = getattr(layer, "mlp", None)
+            if mlp is not None and not isinstance(mlp.forward, _Chunked):
+                own = vars(mlp).get("forward")
+                mlp.forward = _Chunked(mlp.forward)
+                wrapped.append((mlp, mlp.forward, own))
+    try:
+        yield
+    finally:
+        for mlp, ours, own in wrapped:
+            if vars(mlp).get("forward") is not ours:
+                continue
+            if own is None:
+                del mlp.forward
+            else:
+                mlp.forward = own
+
+
+class _Chunked:
+    def __init__(self, forward: Any):
+        self.forward = forward
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return torch.cat([self.forward(part) for part in hidden.split(MLP_ROWS, 1)], 1)
