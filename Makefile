@@ -33,8 +33,9 @@ ship: $(VENV)/.tested  ## make runs/tiny the shipped checkpoint: table, demo cli
 eval: $(VENV)/.tested  ## both held-out tables of the shipped checkpoint
 	$(BIN)/elva eval toy-world
 
-mixins: $(VENV)/.tested  ## transformers' own common tests on our classes; downloads its sdist
+mixins: $(VENV)/.tested  ## transformers' own common tests on our classes, without merging and with; downloads its sdist
 	$(BIN)/python scripts/run_mixins.py
+	ELVA_MERGE_SCHEDULE='[{"layer": 1, "target_ratio": 0.5}]' $(BIN)/python scripts/run_mixins.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

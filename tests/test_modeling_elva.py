@@ -95,7 +95,8 @@ def test_eager_and_sdpa_agree():
     inputs = batch_inputs(RAGGED)
     sdpa = model(**inputs).logits
     model.set_attn_implementation("eager")
-    assert model.model.language_model.config._attn_implementation == "elva_eager"
+    assert model.model.language_model.config._attn_implementation == "eager"
+    assert model.model.language_model.layers[0].self_attn.config._attn_implementation == "elva_eager"
     eager = model(**inputs, output_attentions=True)
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(eager.logits[real], sdpa[real], **CLOSE)

@@ -2,11 +2,12 @@
 
 For every kernel of transformers there is a wrapper of the same name with the prefix `elva_`. It knows one
 more argument, `packing`; without it, it is the kernel. Nothing of transformers is replaced: the wrappers are
-registered beside its own functions, and a decoder is told to use them by name.
+registered beside its own functions, and the layers of one decoder are told to use them by name.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,13 +47,10 @@ class Packing:
         """Prepare a packed row for the kernel `config` names.
 
         Args:
-            config: Configuration of the decoder.
+            config: From `attention_config`.
             query_lengths: Queries of each sample.
             key_lengths: Keys of each sample.
             like: A tensor of the decoder's device and dtype.
-
-        Raises:
-            ConfigurationError: The kernel does not know packed rows.
         """
         kernel = kernel_name(config)
         if is_flash(kernel):
@@ -83,7 +81,7 @@ def causal_mask(
     """Mask of the last `queries` of `keys` tokens, in the form of the kernel `config` names.
 
     Args:
-        config: Configuration of the decoder.
+        config: From `attention_config`.
         batch: `B`.
         queries: Tokens that attend.
         keys: Tokens attended to; distances count in these, whatever their position ids.
@@ -116,23 +114,39 @@ def wrap_attention(name: str) -> str:
 
 
 def wrap_decoder(decoder: PreTrainedModel) -> None:
-    """Let a decoder use the wrapper of the attention it was told to use."""
-    decoder.config._attn_implementation = wrap_attention(decoder.config._attn_implementation)
+    """Let the layers of a decoder use the wrapper of the attention it was told to use.
+
+    They get a configuration of their own for that, so the decoder's goes on naming what the user asked for.
+    """
+    config = copy.copy(decoder.config)
+    config._attn_implementation = wrap_attention(config._attn_implementation)
+    for layer in _layers(decoder):
+        layer.self_attn.config = config
+
+
+def attention_config(decoder: PreTrainedModel) -> PreTrainedConfig:
+    """Find the configuration by which a decoder's layers choose their attention.
+
+    Raises:
+        ConfigurationError: It names no wrapper, or not the one of the decoder's attention.
+    """
+    name = decoder.config._attn_implementation
+    config = decoder.layers[0].self_attn.config
+    if config._attn_implementation != wrap_attention(name) or not config._attn_implementation.startswith(PREFIX):
+        raise ConfigurationError(
+            f"the decoder's attention is {name!r}, but its layers use {config._attn_implementation!r}, which cannot "
+            f"run packed rows. Set it with set_attn_implementation({name!r}) of the whole model, not of its decoder."
+        )
+    return config
 
 
 def kernel_name(config: PreTrainedConfig) -> str:
-    """Name of the kernel behind a decoder's wrapper.
+    """Name of the kernel behind a wrapper: `"sdpa"` for `"elva_sdpa"`."""
+    return config._attn_implementation.removeprefix(PREFIX)
 
-    Raises:
-        ConfigurationError: The decoder does not use a wrapper.
-    """
-    name = config._attn_implementation
-    if not name.startswith(PREFIX):
-        raise ConfigurationError(
-            f"the decoder's attention is {name!r}, which cannot run packed rows. Set it with "
-            f"model.set_attn_implementation({name!r}) on the whole model, not on its decoder."
-        )
-    return name.removeprefix(PREFIX)
+
+def _layers(decoder: PreTrainedModel) -> list[nn.Module]:
+    return [layer for layer in getattr(decoder, "layers", ()) if hasattr(layer, "self_attn")]
 
 
 def is_flash(kernel: str) -> bool:

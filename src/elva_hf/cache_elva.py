@@ -192,6 +192,20 @@ def adopt_cache(cache: Cache | None, num_layers: int, past_mask: Tensor | None =
     if isinstance(cache, ElvaCache):
         return cache
     layers = cache.layers if cache is not None else []
+    if not has_merged(cache):
+        _adopt_layers(layers, num_layers, past_mask)
+    adopted = ElvaCache(layers=layers)
+    if cache is not None:
+        vars(adopted).update({**vars(cache), "layers": layers, "layer_class_to_replicate": None})
+    return adopted
+
+
+def has_merged(cache: Cache | None) -> bool:
+    """Whether a cache, whatever its class, has layers that `adopt_cache` has exchanged."""
+    return cache is not None and any(isinstance(layer, ElvaDynamicLayer) for layer in cache.layers)
+
+
+def _adopt_layers(layers: list[Any], num_layers: int, past_mask: Tensor | None) -> None:
     for layer in layers:
         _check_layer(layer)
     layers[:] = [_adopt_layer(layer) for layer in layers]
@@ -199,10 +213,6 @@ def adopt_cache(cache: Cache | None, num_layers: int, past_mask: Tensor | None =
     layers[0].starts_stage = True
     if layers[0].columns and past_mask is not None:
         layers[0].key_mask = past_mask[:, : layers[0].columns].to(torch.bool)
-    adopted = ElvaCache(layers=layers)
-    if cache is not None:
-        vars(adopted).update({**vars(cache), "layers": layers, "layer_class_to_replicate": None})
-    return adopted
 
 
 def _check_layer(layer: Any) -> None:

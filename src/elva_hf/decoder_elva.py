@@ -8,7 +8,7 @@ row, `D` width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .attention_elva import Packing, causal_mask, kernel_name
+from .attention_elva import Packing, attention_config, causal_mask
 from .cache_elva import ElvaCache, Filing, PackedCache, adopt_cache, extend_survivors, find_key_places
 from .errors_elva import ConfigurationError
 from .geometry_elva import to_host
@@ -228,7 +228,7 @@ def run_packed(
     schedule: MergeSchedule = NO_MERGING,
     valid: Tensor | None = None,
     frame_index: Tensor | None = None,
-    output_hidden_states: bool = False,
+    output_hidden_states: bool | int | Sequence[int] = False,
     output_merge_map: bool = False,
     **kwargs: Any,
 ) -> DecoderOutput:
@@ -245,7 +245,7 @@ def run_packed(
         schedule: When it does.
         valid: `(B, N)` bool on the host, the mask of the new tokens, if the caller has it there.
         frame_index: `(B, N)` frame of each visual token, for the merge map.
-        output_hidden_states: Whether to return the input of every layer.
+        output_hidden_states: Whether to return the input of every layer, or of which.
         output_merge_map: Whether to return, and keep in the cache, who stands for whom.
         **kwargs: Passed to the layers.
 
@@ -258,7 +258,6 @@ def run_packed(
             f"{config.model_type!r} decoders cannot be merged; those that can are {', '.join(DECODERS)}. "
             "Use merge_schedule='none'."
         )
-    kernel_name(config)
     tubes = tubes if schedule else None
     tokens = inputs_embeds.shape[1]
     if valid is None:
@@ -272,29 +271,60 @@ def run_packed(
     past = _past_masks(cache, attention_mask, seen, len(valid), config.num_hidden_layers)
     positions = _positions(position_ids, attention_mask, seen, inputs_embeds)
     state = _pack(decoder, inputs_embeds, positions, layout, tubes)
-    trace = Trace([] if output_hidden_states else None, {} if output_merge_map else None)
+    trace = Trace(StateTrace.start(output_hidden_states, config.num_hidden_layers), {} if output_merge_map else None)
     state = _run_stages(decoder, state, layout, cache, past, (schedule, tubes), trace, kwargs)
 
-    final = layout.unpack(decoder.norm(state.hidden)[state.now])
+    final = _restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
     merge_map = None
     if trace.survivors is not None:
         merge_map = MergeMap(tuple(trace.survivors), tuple(trace.survivors.values()), frame_index)
         if isinstance(cache, ElvaCache):
             _record(cache, merge_map, seen)
-    states = None if trace.hidden_states is None else (*trace.hidden_states, final)
-    return DecoderOutput(final, cache, states, merge_map)
+    return DecoderOutput(final, cache, trace.states.finish(final), merge_map)
+
+
+@dataclass(frozen=True)
+class StateTrace:
+    """Hidden states as `output_hidden_states` asks for them: all, some by index, or none.
+
+    Args:
+        wanted: Indices of the states to keep: layer `i`'s input is state `i`, the final state comes last.
+        states: Those so far, `(B, N, D)`, None for one that is not wanted.
+    """
+
+    wanted: frozenset[int]
+    states: list[Tensor | None]
+
+    @classmethod
+    def start(cls, asked: bool | int | Sequence[int] | None, num_layers: int) -> StateTrace:
+        """Read `output_hidden_states`: a flag, or indices of which negative ones count from the end."""
+        count = num_layers + 1
+        if isinstance(asked, bool) or asked is None:
+            return cls(frozenset(range(count) if asked else ()), [])
+        indices = [asked] if isinstance(asked, int) else asked
+        return cls(frozenset(index % count for index in indices if -count <= index < count), [])
+
+    def add(self, state: Callable[[], Tensor] | Tensor) -> None:
+        """Keep the next state, or what makes it, if it is wanted."""
+        wanted = len(self.states) in self.wanted
+        self.states.append((state() if callable(state) else state) if wanted else None)
+
+    def finish(self, final: Tensor) -> tuple[Tensor | None, ...] | None:
+        """All states, or None if none was wanted."""
+        self.add(final)
+        return tuple(self.states) if self.wanted else None
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run leaves besides its result; None for what is not wanted.
+    """What a run leaves besides its result.
 
     Args:
-        hidden_states: Input of each layer so far, `(B, N, D)`.
-        survivors: `(B, N)` column of each token's survivor, by the layer that merged.
+        states: Hidden states.
+        survivors: `(B, N)` column of each token's survivor, by the layer that merged; None if not wanted.
     """
 
-    hidden_states: list[Tensor] | None
+    states: StateTrace
     survivors: dict[int, Tensor] | None
 
 
@@ -310,6 +340,7 @@ def _run_stages(
 ) -> PackedTokens:
     """Run all layers; masks and places in the cache are made where a stage begins."""
     schedule, tubes = merging
+    attention = attention_config(decoder)
     layers = decoder.layers[: decoder.config.num_hidden_layers]
     run_layer = partial(_run_layer, use_cache=cache is not None, **kwargs)
     with mlp_in_chunks(layers, len(state.hidden)):
@@ -320,9 +351,8 @@ def _run_stages(
             if step is not None and trace.survivors is not None:
                 trace.survivors[i] = _survivor_columns(state, layout)
             if i == 0 or step is not None or _starts_stage(cache, i):
-                packing, view = _enter_stage(decoder.config, state, layout, cache, i, past[i])
-            if trace.hidden_states is not None:
-                trace.hidden_states.append(layout.unpack(state.hidden[state.now]))
+                packing, view = _enter_stage(attention, state, layout, cache, i, past[i])
+            trace.states.add(partial(_restore, state, layout))
             state = replace(state, hidden=run_layer(layer, state.hidden[None], state.rotary, None, view, packing)[0])
     return state
 
@@ -334,7 +364,7 @@ def run_padded(
     past_key_values: ElvaCache,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    output_hidden_states: bool = False,
+    output_hidden_states: bool | int | Sequence[int] = False,
     **kwargs: Any,
 ) -> DecoderOutput:
     """Run tokens that never merge through the decoder's layers, after others that have merged.
@@ -345,7 +375,7 @@ def run_padded(
         past_key_values: A cache whose layers differ in length.
         attention_mask: `(B, past + N)` or `(B, N)`, 0 for padding; only the new tokens' part is read.
         position_ids: `(B, N)`; counted over real tokens if None.
-        output_hidden_states: Whether to return the input of every layer.
+        output_hidden_states: Whether to return the input of every layer, or of which.
         **kwargs: Passed to the layers.
 
     Raises:
@@ -357,18 +387,19 @@ def run_padded(
     check_window(config, seen + tokens)
     new = None if attention_mask is None else attention_mask[:, -tokens:].to(torch.bool)
     rotary = decoder.rotary_emb(inputs_embeds, _positions(position_ids, attention_mask, seen, inputs_embeds))
-    hidden, hidden_states, mask = inputs_embeds, [], None
+    attention = attention_config(decoder)
+    states = StateTrace.start(output_hidden_states, config.num_hidden_layers)
+    hidden, mask = inputs_embeds, None
     for i, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
         entry = cache.layers[i]
         if entry.starts_stage:
             keys = entry.columns + tokens
             key_mask = entry.extend_key_mask(new, batch, tokens)
-            mask = causal_mask(config, batch, tokens, keys, key_mask, hidden)
-        if output_hidden_states:
-            hidden_states.append(hidden)
+            mask = causal_mask(attention, batch, tokens, keys, key_mask, hidden)
+        states.add(hidden)
         hidden = _run_layer(layer, hidden, rotary, mask, cache, None, use_cache=True, **kwargs)
     hidden = decoder.norm(hidden)
-    return DecoderOutput(hidden, cache, (*hidden_states, hidden) if output_hidden_states else None)
+    return DecoderOutput(hidden, cache, states.finish(hidden))
 
 
 def _run_layer(
@@ -457,6 +488,11 @@ def _past_masks(
             stage = torch.ones(batch, layer.columns, dtype=torch.bool) if mask is None else next(copies)
         past.append(stage)
     return past
+
+
+def _restore(state: PackedTokens, layout: BatchLayout) -> Tensor:
+    """`(B, N, D)`: every token of the input reads the one that stands for it."""
+    return layout.unpack(state.hidden[state.now])
 
 
 def _starts_stage(cache: Cache | None, layer: int) -> bool:

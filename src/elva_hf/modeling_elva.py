@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils import can_return_tuple
 
 from .attention_elva import wrap_decoder
-from .cache_elva import ElvaCache
+from .cache_elva import adopt_cache, has_merged
 from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig
 from .decoder_elva import can_pack, run_packed, run_padded, sliding_window
 from .embedding_elva import ElvaPatchEmbedding
@@ -198,6 +198,8 @@ class ElvaModel(ElvaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise PlaceholderError("give exactly one of input_ids and inputs_embeds.")
         schedule = self.config.resolve_merge_schedule(merge_schedule)
+        if has_merged(past_key_values):
+            past_key_values = adopt_cache(past_key_values, self.config.text_config.num_hidden_layers)
         features = self._video_features(pixel_values_videos, mm_encoder_outputs)
         geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features, attention_mask)
         if inputs_embeds is None:
@@ -211,8 +213,8 @@ class ElvaModel(ElvaPreTrainedModel):
             "past_key_values": past_key_values,
         }
         can_merge = geometry is not None and geometry.num_patches > 0
-        has_merged = isinstance(past_key_values, ElvaCache)
-        if not (can_merge and schedule) and not has_merged and not (can_merge and self._packs_unmerged(inputs, kwargs)):
+        packs = can_merge and (schedule or has_merged(past_key_values) or self._packs_unmerged(inputs, kwargs))
+        if not packs and not has_merged(past_key_values):
             outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
             return ElvaModelOutputWithPast(**outputs)
         states = self._check_outputs(attention_mask, kwargs)
@@ -245,12 +247,12 @@ class ElvaModel(ElvaPreTrainedModel):
         plain_mask = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         return plain_mask and can_pack(text) and sliding_window(text) is None and not self._wants("attentions", kwargs)
 
-    def _wants(self, what: str, kwargs: dict[str, Any]) -> bool:
+    def _wants(self, what: str, kwargs: dict[str, Any]) -> bool | int | list[int]:
         given = kwargs.get(f"output_{what}")
-        return bool(getattr(self.language_model.config, f"output_{what}", False) if given is None else given)
+        return getattr(self.language_model.config, f"output_{what}", False) if given is None else given
 
-    def _check_outputs(self, attention_mask: Any, kwargs: dict[str, Any]) -> bool:
-        """Refuse what merged tokens cannot give; returns whether hidden states are wanted."""
+    def _check_outputs(self, attention_mask: Any, kwargs: dict[str, Any]) -> bool | int | list[int]:
+        """Refuse what merged tokens cannot give; returns which hidden states are wanted."""
         if self._wants("attentions", kwargs):
             raise ConfigurationError(
                 "output_attentions=True cannot be had of merged tokens: every layer sees other keys. Use "
@@ -411,7 +413,9 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden[:, kept])
         if labels is not None:
-            loss = self.generative_loss(hidden, labels, kwargs.get("num_items_in_batch"))
+            shifted = kwargs.get("shift_labels")
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
+            loss = self.generative_loss(hidden, targets, kwargs.get("num_items_in_batch"))
         return ElvaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -421,20 +425,22 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             merge_map=outputs.merge_map,
         )
 
-    def generative_loss(self, hidden: Tensor, labels: Tensor, num_items_in_batch: int | Tensor | None = None) -> Tensor:
+    def generative_loss(
+        self, hidden: Tensor, shift_labels: Tensor, num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy of the next token where there is a label (L_Gen of Eq. 4), without logits anywhere else.
 
         Args:
             hidden: `(B, N, D)` last hidden states.
-            labels: `(B, N)`, -100 where there is nothing to learn.
+            shift_labels: `(B, N)` token each position has to predict, -100 where there is nothing to learn.
             num_items_in_batch: What the sum is divided by; the labels of this batch if None.
 
         Returns:
             A scalar; zero, with a gradient, if there is no label.
         """
-        targets = labels[:, 1:].flatten().to(hidden.device)
+        targets = shift_labels.flatten().to(hidden.device)
         learned = (targets != -100).nonzero().squeeze(1)
-        rows, targets = hidden[:, :-1].flatten(0, 1)[learned], targets[learned]
+        rows, targets = hidden.flatten(0, 1)[learned], targets[learned]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(learned), 1)
         if not len(learned):
             return hidden.sum() * 0.0

@@ -10,7 +10,8 @@ def pytest_runtest_logreport(report):
 
 def unnamed(session):
     module = next(item.module for item in session.items)
-    named = {*module.SKIPPED, *(name for names in module.NOT_HERE.values() for name in names)}
+    skips = (module.SKIPPED, module.SKIPPED_WITH_MERGING, *module.NOT_HERE.values())
+    named = {name for names in skips for name in names}
     return {name: reason for name, reason in sorted(skipped.items()) if name not in named}
 
 
