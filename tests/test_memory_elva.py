@@ -81,7 +81,7 @@ def test_a_long_loss_is_made_in_parts_with_the_same_gradient(model, monkeypatch)
         model.zero_grad()
         with LargestTensor(VOCAB) as seen:
             loss = model(**inputs, labels=labels_of(inputs, 33)).loss
-            loss.backward()
+        loss.backward()
         return loss, model.model.language_model.layers[0].mlp.up_proj.weight.grad.clone(), seen.largest
 
     whole, gradient, _ = run()
