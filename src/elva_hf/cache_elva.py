@@ -7,7 +7,7 @@ holes: the first layer of a stage (the layers between two merges) carries the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +159,28 @@ class ElvaCache(Cache):
             frames = torch.nn.functional.pad(frames, (0, length - frames.shape[1]), value=-1)
         return MergeMap(tuple(steps), survivors, frames)
 
+    def record_merges(self, merge_map: MergeMap, seen: int) -> None:
+        """Keep the map of a forward that came after `seen` tokens; a step counts all merges up to its layer."""
+        layers = range(len(self.layers))
+        survivors = {i: self.layers[i].survivors for i in layers if self.layers[i].survivors is not None}
+        earlier = {i: extend_survivors(record, seen) for i, record in survivors.items()}
+        shifted = (torch.where(record < 0, record, record + seen) for record in merge_map.survivors)
+        later = dict(zip(merge_map.layers, shifted, strict=True))
+        for i in sorted({*earlier, *later}) if later else ():
+            alone = extend_survivors(later[min(later)][:, :0], seen)
+            before = _survivors_at(earlier, i, 0) if earlier else alone
+            self.layers[i].survivors = torch.cat([before, _survivors_at(later, i, seen)], 1)
+        if merge_map.frame_index is not None:
+            self._record_frames(merge_map.frame_index, seen)
+
+    def _record_frames(self, frame_index: Tensor, seen: int) -> None:
+        before = self.layers[0].frame_index
+        before = frame_index[:, :0] if before is None else before
+        before = torch.nn.functional.pad(before, (0, seen - before.shape[1]), value=-1)
+        if seen:
+            frame_index = torch.where(frame_index < 0, -1, frame_index + before.amax(1, keepdim=True) + 1)
+        self.layers[0].frame_index = torch.cat([before, frame_index], 1)
+
     def stage_masks(self) -> list[Tensor | None]:
         """Key mask of every layer's stage."""
         masks, mask = [], None
@@ -173,6 +195,16 @@ def extend_survivors(survivors: Tensor, length: int) -> Tensor:
     batch, seen = survivors.shape
     alone = torch.arange(seen, length, device=survivors.device).expand(batch, -1)
     return torch.cat([survivors, alone], 1)
+
+
+def _survivors_at(records: dict[int, Tensor], layer: int, offset: int) -> Tensor:
+    """Who stands for whom at a layer, from records of some layers: the last one before it, or nobody merged yet."""
+    at = [i for i in records if i <= layer]
+    if at:
+        return records[max(at)]
+    first = records[min(records)]
+    own = torch.arange(offset, offset + first.shape[1], device=first.device)
+    return torch.where(first < 0, first, own)
 
 
 def adopt_cache(cache: Cache | None, num_layers: int, past_mask: Tensor | None = None) -> ElvaCache:
@@ -246,7 +278,7 @@ class Filing:
         slots: `(n,)` place of each packed token in `(B * width)`; None if every place is taken, in order.
         key_places: `(k,)` sample and `(k,)` column of every key of the stage, sample by sample; None if the new
             keys, or all columns of a single sample, are all there is.
-        has_past: Whether the cache held something before.
+        past: Columns the cache held before; None if it was empty.
     """
 
     batch: int
@@ -255,7 +287,7 @@ class Filing:
     tail: int
     slots: Tensor | None
     key_places: tuple[Tensor, Tensor] | None
-    has_past: bool
+    past: int | None
 
     def pad(self, states: Tensor) -> Tensor:
         """`(1, heads, n, d)` packed to `(B, heads, width, d)` padded."""
@@ -267,7 +299,7 @@ class Filing:
     def pack(self, states: Tensor) -> Tensor:
         """`(B, heads, columns, d)` padded to `(1, heads, k, d)` packed."""
         if self.key_places is None:
-            return states
+            return states[:, :, : self.past + self.width]  # a static layer hands out what is yet to come
         samples, columns = self.key_places
         return states[samples, :, columns].transpose(0, 1)[None]
 
@@ -288,21 +320,10 @@ class PackedCache:
         if isinstance(layer, ElvaDynamicLayer):
             layer.merged += filing.tokens - filing.width
             layer.tail = filing.tail
-        if not filing.has_past:
+        if filing.past is None:
             return key_states, value_states
         return filing.pack(keys), filing.pack(values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Logical length of a layer."""
         return self.cache.get_seq_length(layer_idx)
-
-
-def find_key_places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample and column of every True of a `(B, columns)` mask on the host, sample by sample."""
-    samples, columns = mask.nonzero(as_tuple=True)
-    return samples, columns
-
-
-def has_hole(masks: Iterable[Tensor]) -> bool:
-    """Whether a mask on the host has a False."""
-    return not all(bool(mask.all()) for mask in masks)

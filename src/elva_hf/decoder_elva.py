@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention_elva import Packing, attention_config, causal_mask
-from .cache_elva import ElvaCache, Filing, PackedCache, adopt_cache, extend_survivors, find_key_places
+from .cache_elva import ElvaCache, Filing, PackedCache, adopt_cache
 from .errors_elva import ConfigurationError
 from .geometry_elva import to_host
 from .merging_elva import (
@@ -211,9 +211,10 @@ class BatchLayout:
         slots = None if bool(new.all()) else new.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
         places = None
         if past is not None and (batch > 1 or not bool(keys.all())):
-            places = tuple(part.to(device, non_blocking=True) for part in find_key_places(keys))
+            places = tuple(part.to(device, non_blocking=True) for part in keys.nonzero(as_tuple=True))
         tail = self.tail + (old_tail if self.tail == tokens else 0)
-        return Filing(batch, new.shape[1], tokens, tail, slots, places, past is not None), keys
+        past_columns = None if past is None else past.shape[1]
+        return Filing(batch, new.shape[1], tokens, tail, slots, places, past_columns), keys
 
 
 def run_packed(
@@ -264,11 +265,13 @@ def run_packed(
         mask = None if attention_mask is None else attention_mask[:, -tokens:] != 0
         valid = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool) if mask is None else to_host(mask)
     layout = BatchLayout.read(valid, tokens if tubes is None else tubes.tail, inputs_embeds.device)
-    cache = _open_cache(decoder, past_key_values, use_cache, tubes is not None, attention_mask)
-    seen = 0 if cache is None else int(cache.get_seq_length())
+    seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+    has_past = seen and attention_mask is not None and attention_mask.shape[1] == seen + tokens
+    past_mask = attention_mask[:, :seen] != 0 if has_past else None
+    cache = _open_cache(decoder, past_key_values, use_cache, tubes is not None, past_mask)
     if tubes is not None or isinstance(cache, ElvaCache):
         check_window(config, seen + tokens)
-    past = _past_masks(cache, attention_mask, seen, len(valid), config.num_hidden_layers)
+    past = _past_masks(cache, past_mask, seen, len(valid), config.num_hidden_layers)
     positions = _positions(position_ids, attention_mask, seen, inputs_embeds)
     state = _pack(decoder, inputs_embeds, positions, layout, tubes)
     trace = Trace(StateTrace.start(output_hidden_states, config.num_hidden_layers), {} if output_merge_map else None)
@@ -279,7 +282,7 @@ def run_packed(
     if trace.survivors is not None:
         merge_map = MergeMap(tuple(trace.survivors), tuple(trace.survivors.values()), frame_index)
         if isinstance(cache, ElvaCache):
-            _record(cache, merge_map, seen)
+            cache.record_merges(merge_map, seen)
     return DecoderOutput(final, cache, trace.states.finish(final), merge_map)
 
 
@@ -457,7 +460,7 @@ def _open_cache(
     cache: Cache | None,
     use_cache: bool | None,
     merging: bool,
-    attention_mask: Tensor | None,
+    past_mask: Tensor | None,
 ) -> Cache | None:
     use_cache = decoder.config.use_cache if use_cache is None else use_cache
     if decoder.training and decoder.is_activation_checkpointing:
@@ -465,19 +468,18 @@ def _open_cache(
     if cache is None and not use_cache:
         return None
     if merging:
-        return adopt_cache(cache, decoder.config.num_hidden_layers, attention_mask)
+        return adopt_cache(cache, decoder.config.num_hidden_layers, past_mask)
     return DynamicCache(config=decoder.config) if cache is None else cache
 
 
 def _past_masks(
-    cache: Cache | None, attention_mask: Tensor | None, seen: int, batch: int, num_layers: int
+    cache: Cache | None, past_mask: Tensor | None, seen: int, batch: int, num_layers: int
 ) -> list[Tensor | None]:
     """`(B, columns)` keys each layer's stage holds, on the host; one copy for all stages."""
     if not seen:
         return [None] * num_layers
     if not isinstance(cache, ElvaCache):
-        full = attention_mask is not None and attention_mask.shape[1] > seen
-        mask = to_host(attention_mask[:, :seen] != 0) if full else torch.ones(batch, seen, dtype=torch.bool)
+        mask = torch.ones(batch, seen, dtype=torch.bool) if past_mask is None else to_host(past_mask)
         return [mask] * num_layers
     masks = cache.stage_masks()
     own = [mask for layer, mask in zip(cache.layers, masks, strict=True) if layer.starts_stage and mask is not None]
@@ -526,23 +528,6 @@ def _survivor_columns(state: PackedTokens, layout: BatchLayout) -> Tensor:
     if layout.index is not None:
         survivors = layout.index[survivors]
     return layout.unpack(survivors % layout.valid.shape[1], fill=-1)
-
-
-def _record(cache: ElvaCache, merge_map: MergeMap, seen: int) -> None:
-    """Keep a merge map in the cache, after what was recorded for the `seen` tokens before."""
-    for i, survivors in zip(merge_map.layers, merge_map.survivors, strict=True):
-        shifted = torch.where(survivors < 0, survivors, survivors + seen)
-        entry = cache.layers[i]
-        before = entry.survivors if entry.survivors is not None else shifted[:, :0]
-        entry.survivors = torch.cat([extend_survivors(before, seen), shifted], 1)
-    if merge_map.frame_index is not None:
-        entry = cache.layers[0]
-        before = entry.frame_index if entry.frame_index is not None else merge_map.frame_index[:, :0]
-        before = nn.functional.pad(before, (0, seen - before.shape[1]), value=-1)
-        later = merge_map.frame_index
-        if before.shape[1]:
-            later = torch.where(later < 0, later, later + before.amax(1, keepdim=True) + 1)
-        entry.frame_index = torch.cat([before, later], 1)
 
 
 @contextmanager

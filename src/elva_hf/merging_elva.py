@@ -228,7 +228,7 @@ def find_survivors(merge: Tensor, links: TubeLinks, survivor: str = "last") -> T
 
 
 def merge_tokens(
-    hidden: Tensor, token_sizes: Tensor, survivors: Tensor, num_kept: int
+    hidden: Tensor, token_sizes: Tensor, survivors: Tensor, num_kept: int, chunk: int = 1024
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Replace every run by the mean of its members, weighted by what they stand for; needs no host sync.
 
@@ -240,6 +240,7 @@ def merge_tokens(
         token_sizes: `(n,)` float: input tokens each token stands for.
         survivors: `(n,)` from `find_survivors`.
         num_kept: `m`, the number of survivors.
+        chunk: Rows averaged at once; bounds the memory of the float32 copies.
 
     Returns:
         `(m, D)` tokens in the dtype of `hidden`, `(m,)` their sizes, `(m,)` the indices they had, ascending, and
@@ -250,13 +251,14 @@ def merge_tokens(
     lost = torch.nonzero_static(~alive, size=len(survivors) - num_kept).squeeze(1)
     new_index = (alive.cumsum(0) - 1)[survivors]
 
-    lost_to, dtype = new_index[lost], _sum_dtype(hidden)
-    stays = hidden.index_select(0, kept).to(dtype)
-    away = hidden.index_select(0, lost).to(dtype) - stays.index_select(0, lost_to)
-    sizes = token_sizes.index_select(0, kept).index_add(0, lost_to, token_sizes[lost])
-    change = torch.zeros_like(stays).index_add(0, lost_to, away * token_sizes[lost].to(dtype)[:, None])
-    merged = stays + change / sizes.to(dtype)[:, None]
-    return merged.to(hidden.dtype), sizes, kept, new_index
+    dtype = _sum_dtype(hidden)
+    sizes = token_sizes.index_select(0, kept).index_add(0, new_index[lost], token_sizes[lost])
+    mean = torch.zeros(num_kept, hidden.shape[1], dtype=dtype, device=hidden.device)
+    for rows in lost.split(chunk):
+        away = hidden.index_select(0, rows).to(dtype) - hidden.index_select(0, survivors[rows]).to(dtype)
+        mean.index_add_(0, new_index[rows], away * token_sizes[rows].to(dtype)[:, None])
+    mean.div_(sizes.to(dtype)[:, None]).add_(hidden.index_select(0, kept))
+    return mean.to(hidden.dtype), sizes, kept, new_index
 
 
 def _differs_from_previous(values: Tensor) -> Tensor:

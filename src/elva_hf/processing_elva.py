@@ -20,9 +20,10 @@ from transformers.tokenization_utils_base import AddedToken
 from transformers.utils.chat_template_utils import mark_control_tokens
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from .configuration_elva import SPECIAL_TOKENS
+from .configuration_elva import SPECIAL_TOKENS, ElvaConfig
 from .errors_elva import ConfigurationError, ContextOverflowError, ElvaError, PlaceholderError
 from .frames_elva import count_video_tokens
+from .ledger_elva import TokenPlan, plan_tokens
 from .video_processing_elva import ElvaVideoProcessor, SampledVideo, is_frame_list
 
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -216,7 +217,7 @@ class ElvaProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def count_tokens(self, videos: Any = None, images: Any = None, **options: Any) -> TokenCount:
-        """Frames, grids and tokens of videos and images, without decoding them.
+        """Frames, their times, grids and tokens of videos and images, without decoding them.
 
         Args:
             videos: As in a call.
@@ -231,6 +232,36 @@ class ElvaProcessor(ProcessorMixin):
             (item, True) for item in _flatten(images, "image")
         ]
         return TokenCount(tuple(self.video_processor.sample(item, image=image, **options) for item, image in counts))
+
+    def plan(
+        self,
+        videos: Any = None,
+        images: Any = None,
+        *,
+        config: ElvaConfig | None = None,
+        merge_schedule: Any = None,
+        text_tokens: int = 0,
+        **options: Any,
+    ) -> TokenPlan:
+        """What a prompt with these videos and images costs, before anything is decoded or run.
+
+        Tokens of each frame and, with a model's `config`, of each layer; FLOPs and bytes of keys and values. Where
+        merging depends on the pixels these are bounds; `ledger_elva.exact_plan` puts what a run kept in their place.
+
+        Args:
+            videos: As in a call, all of one sample.
+            images: Likewise.
+            config: Of the model; without it only tokens are counted.
+            merge_schedule: Instead of the configuration's own: a preset, steps, or a `MergeSchedule`.
+            text_tokens: Tokens of the text around them; borders are counted by themselves.
+            **options: Those of the video processor.
+
+        Raises:
+            VideoError: A video or image that cannot be used.
+            ConfigurationError: An unknown option or value, or a schedule that the model cannot have.
+        """
+        counted = self.count_tokens(videos, images, **options)
+        return plan_tokens([video.grids for video in counted.videos], config, merge_schedule, text_tokens)
 
     @property
     def model_input_names(self) -> list[str]:
