@@ -5,7 +5,7 @@ import math
 import pytest
 
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.schedule_elva import PRESETS, MergeSchedule, MergeStep
+from elva_hf.schedule_elva import PRESETS, MergeSchedule, MergeStep, plain_schedule
 
 SHALLOW = {"layer": 1, "similarity_threshold": 0.6}
 DEEP = {"layer": 3, "target_ratio": 0.5}
@@ -114,6 +114,14 @@ def test_a_schedule_as_json_leaves_out_the_policy_a_step_does_not_have():
         "window": None,
         "survivor": "last",
     }
+
+
+def test_any_way_of_writing_a_schedule_becomes_json():
+    step = MergeStep(3, target_ratio=0.5)
+    assert plain_schedule([SHALLOW, step]) == plain_schedule((SHALLOW, step)) == [SHALLOW, DEEP]
+    assert plain_schedule({"steps": [step], "max_run": 2}) == {"steps": [DEEP], "max_run": 2}
+    assert plain_schedule(MergeSchedule([step]))["steps"] == [DEEP]
+    assert plain_schedule("paper") == "paper"
 
 
 def test_schedules_and_steps_cannot_be_changed_behind_a_model():
