@@ -21,6 +21,8 @@ PUBLIC = [
     "ElvaPreTrainedModel",
     "ElvaProcessor",
     "ElvaVideoProcessor",
+    "MergeSchedule",
+    "MergeStep",
     "PlaceholderError",
     "VideoError",
     "tiny_checkpoint",

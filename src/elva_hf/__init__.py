@@ -28,6 +28,7 @@ from elva_hf.errors_elva import (
 from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel, ElvaPreTrainedModel
 from elva_hf.pipeline_elva import ElvaPipeline, register_pipeline
 from elva_hf.processing_elva import ElvaProcessor
+from elva_hf.schedule_elva import MergeSchedule, MergeStep
 from elva_hf.video_processing_elva import ElvaVideoProcessor
 
 __version__ = "0.1.0"
@@ -44,6 +45,8 @@ __all__ = [
     "ElvaPreTrainedModel",
     "ElvaProcessor",
     "ElvaVideoProcessor",
+    "MergeSchedule",
+    "MergeStep",
     "PlaceholderError",
     "VideoError",
     "tiny_checkpoint",

@@ -22,8 +22,9 @@ from elva_hf.data.toy_world import TASKS
 
 FRAME_OPTIONS = {"--frames", "--high", "--low", "--fps", "--longest-edge", "--low-res-longest-edge"}
 OPTIONS = {
-    "ask": {"--model", "--max-new-tokens", "--device", "--stream", *FRAME_OPTIONS},
-    "plan": {"--model", "--preset", *FRAME_OPTIONS},
+    "ask": {"--model", "--max-new-tokens", "--merge-schedule", "--device", "--stream", *FRAME_OPTIONS},
+    "plan": {"--model", "--preset", "--merge-schedule", "--json", *FRAME_OPTIONS},
+    "show": {"--out", "--model", "--question", "--merge-schedule", "--step", "--device", *FRAME_OPTIONS},
     "init": {"--architecture"},
     "export": set(),
     "demo": set(),

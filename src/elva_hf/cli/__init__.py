@@ -1,4 +1,4 @@
-"""The command `elva`: ask a video a question, plan tokens, make and check checkpoints."""
+"""The command `elva`: ask a video a question, plan tokens, draw merges, make and check checkpoints."""
 
 from elva_hf.cli.application import app, main
 from elva_hf.cli.asking import ask, demo
@@ -6,8 +6,9 @@ from elva_hf.cli.checkpoints import export, init
 from elva_hf.cli.evaluation import evaluate
 from elva_hf.cli.machine import doctor
 from elva_hf.cli.planning import plan
+from elva_hf.cli.showing import show
 
-for _command in (ask, demo, plan, init, export, doctor):
+for _command in (ask, demo, plan, show, init, export, doctor):
     app.command()(_command)
 app.command("eval")(evaluate)
 

@@ -33,9 +33,8 @@ def ask(
     longest_edge: loading.LongestEdge = None,
     low_res_longest_edge: loading.LowResLongestEdge = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", min=1)] = 256,
-    device: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, mps; the best if not given.")
-    ] = None,
+    merge_schedule: loading.MergeSchedule = None,
+    device: loading.Device = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print answers as they are written.")] = False,
 ) -> None:
     """Answer each QUESTION about VIDEO.
@@ -49,17 +48,19 @@ def ask(
     options = loading.frame_options(frames, high, low, fps, longest_edge, low_res_longest_edge)
     checkpoint = loading.find_checkpoint(model)
     config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
+    schedule = config.resolve_merge_schedule(loading.read_merge_schedule(merge_schedule))
     decoded = processor.video_processor = DecodedOnce(processor.video_processor)
     started = time.perf_counter()
     with busy(f"decoding {video}"):
         sampled = decoded.read(video, **options)
     decode_seconds = time.perf_counter() - started
-    _check_room(sampled, config.get_text_config().max_position_embeddings)
+    check_room(sampled, config.get_text_config().max_position_embeddings)
     pipe = loading.build_pipeline(checkpoint, processor, device)
+    generation = {"max_new_tokens": max_new_tokens, "merge_schedule": schedule}
     print(f"video     {sampled.info.source}, {sampled.num_frames} frames, decoded in {decode_seconds:.2f} s")
     print(f"model     {checkpoint} on {pipe.device}")
     for question in questions:
-        _answer(pipe, {"video": video, "text": question}, options, max_new_tokens, stream)
+        _answer(pipe, {"video": video, "text": question}, options, generation, stream)
 
 
 def demo() -> None:
@@ -123,14 +124,14 @@ class Stopwatch:
             self._inner.end()
 
 
-def _answer(pipe: ElvaPipeline, request: dict[str, Any], options: dict, max_new_tokens: int, stream: bool) -> None:
+def _answer(pipe: ElvaPipeline, request: dict[str, Any], options: dict, generation: dict, stream: bool) -> None:
     print(f"\nquestion  {request['text']}")
     with ExitStack() as waiting:
         waiting.enter_context(busy("answering"))
         watch = _streaming_watch(pipe, waiting) if stream else Stopwatch()
         started = time.perf_counter()
         inputs = pipe.preprocess(request, **options)
-        outputs = pipe.forward(inputs, streamer=watch, max_new_tokens=max_new_tokens)
+        outputs = pipe.forward(inputs, streamer=watch, **generation)
         (record,) = pipe.postprocess(outputs)
         seconds = time.perf_counter() - started
     if not stream:
@@ -162,7 +163,12 @@ def _token_counts(pipe: ElvaPipeline, inputs: dict[str, Any], outputs: dict[str,
     yield f"{outputs['generated'].shape[-1]} in the answer"
 
 
-def _check_room(sampled: SampledVideo, limit: int) -> None:
+def check_room(sampled: SampledVideo, limit: int) -> None:
+    """Refuse a video that leaves no room for text.
+
+    Raises:
+        ContextOverflowError: It takes all positions of the model, or more.
+    """
     if sampled.num_tokens >= limit:
         raise ContextOverflowError(
             f"{sampled.num_frames} frames of {sampled.info.source} take {sampled.num_tokens} tokens, and the model has "

@@ -1,7 +1,8 @@
-"""What `ask` and `plan` share: options of frames, and loading with errors a person can act on."""
+"""What `ask`, `plan` and `show` share: options of frames, and loading with errors a person can act on."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elva_hf.cli.application import busy
-from elva_hf.errors_elva import CheckpointError, ElvaError
+from elva_hf.errors_elva import CheckpointError, ConfigurationError, ElvaError
 
 if TYPE_CHECKING:
     from elva_hf.configuration_elva import ElvaConfig
@@ -38,6 +39,17 @@ LongestEdge = Annotated[
 LowResLongestEdge = Annotated[
     int | None, typer.Option("--low-res-longest-edge", metavar="PX", help="The same for low-resolution frames.", min=1)
 ]
+MergeSchedule = Annotated[
+    str | None,
+    typer.Option(
+        "--merge-schedule",
+        metavar="NAME",
+        help="How frames merge inside the model: none, paper, table5, or JSON; the checkpoint's own if not given.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; the best if not given.")
+]
 
 
 def frame_options(
@@ -58,6 +70,23 @@ def frame_options(
         "low_res_longest_edge": low_res_longest_edge,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def read_merge_schedule(text: str | None) -> str | list | dict | None:
+    """The value of `--merge-schedule`: the name of a preset, or a schedule written as JSON.
+
+    Raises:
+        ConfigurationError: It starts as JSON does, and is none.
+    """
+    if text is None or not text.lstrip().startswith(("[", "{")):
+        return text
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(
+            f"--merge-schedule {text} is no JSON ({error}); write the name of a preset, or steps such as "
+            '\'[{"layer": 1, "similarity_threshold": 0.6}, {"layer": 3, "target_ratio": 0.5}]\'.'
+        ) from error
 
 
 def find_checkpoint(model: str | None) -> str:

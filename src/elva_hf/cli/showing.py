@@ -1,0 +1,200 @@
+"""`elva show`: a film or a sheet of what merged into what inside the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from elva_hf.cli import loading
+from elva_hf.cli.application import busy
+from elva_hf.cli.asking import DecodedOnce, check_room
+from elva_hf.errors_elva import ConfigurationError, ElvaError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from elva_hf.merging_elva import MergeMap
+    from elva_hf.pipeline_elva import ElvaPipeline
+    from elva_hf.schedule_elva import MergeSchedule, MergeStep
+    from elva_hf.video_processing_elva import SampledVideo
+    from elva_hf.viz.merging import MergeView
+
+FRAMES_PER_SECOND = 2
+UNASKED = "What happens?"  # merging comes before the question, so any will do
+
+
+def show(
+    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="Video or image file.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Film (.mp4) or sheet of all frames (.png) to write.")],
+    model: loading.Model = None,
+    question: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Ask this as well, and write its answer above the frames.")
+    ] = None,
+    merge_schedule: loading.MergeSchedule = None,
+    step: Annotated[
+        int | None, typer.Option(metavar="N", help="Show merge step N of the schedule, from 1; the last if not given.")
+    ] = None,
+    frames: loading.Frames = None,
+    high: loading.High = None,
+    low: loading.Low = None,
+    fps: loading.Fps = None,
+    longest_edge: loading.LongestEdge = None,
+    low_res_longest_edge: loading.LowResLongestEdge = None,
+    device: loading.Device = None,
+) -> None:
+    """Draw what merges into what inside the model.
+
+    Shows the frames as the model sees them. A patch that still has its token is drawn in full, one that merged away is
+    dimmed; the colour of its outline says how many frames its token stands for. The tokens of each layer stand beside.
+    """
+    check_out(out, video)
+    if question is not None and not question.strip():
+        raise ElvaError("--question is empty; write what you want to know about the video.")
+    options = loading.frame_options(frames, high, low, fps, longest_edge, low_res_longest_edge)
+    checkpoint = loading.find_checkpoint(model)
+    config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
+    given = config.merge_schedule if merge_schedule is None else loading.read_merge_schedule(merge_schedule)
+    schedule = config.resolve_merge_schedule(given)
+    number = _check_step(step, schedule)
+    decoded = processor.video_processor = DecodedOnce(processor.video_processor)
+    with busy(f"decoding {video}"):
+        sampled = decoded.read(video, **options)
+    check_room(sampled, config.get_text_config().max_position_embeddings)
+    pipe = loading.build_pipeline(checkpoint, processor, device)
+    with busy("merging"):
+        inputs = pipe.preprocess({"video": video, "text": UNASKED if question is None else question}, **options)
+        merge_map, layer_tokens = trace(pipe, inputs, schedule)
+        answer = None if question is None else _answer(pipe, inputs, schedule)
+    name = given if isinstance(given, str) else f"of {len(schedule.steps)} step{'s'[: len(schedule.steps) > 1]}"
+    head = (f"{video.name} · merge schedule {name}", *(() if answer is None else (f'"{question}" - "{answer}"',)))
+    view = build_view(decoded, video, merge_map, layer_tokens, schedule, number, head)
+    with busy(f"writing {out}"):
+        write(view, out)
+    print(f"video     {sampled.info.source}, {sampled.num_frames} frames")
+    print(f"model     {checkpoint} on {pipe.device}")
+    if answer is not None:
+        print(f"question  {question}\nanswer    {answer}")
+    for line in describe(view):
+        print(line)
+    print(f"wrote     {out}")
+
+
+def check_out(out: Path, video: Path) -> None:
+    """Refuse, before any work is done, a file that could not be written.
+
+    Raises:
+        ElvaError: Another suffix, no such folder, or the video itself.
+    """
+    if out.suffix.lower() not in (".mp4", ".png"):
+        raise ElvaError(f"--out {out}: expected a name that ends in .mp4 (a film) or .png (all frames on one sheet).")
+    if not out.parent.is_dir():
+        raise ElvaError(f"--out {out}: there is no folder {out.parent}; make it first.")
+    if out.is_dir() or not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ElvaError(f"--out {out}: cannot write there; choose another file.")
+    if out.exists() and video.exists() and out.samefile(video):
+        raise ElvaError(f"--out {out} is the video itself; choose another name.")
+
+
+def trace(pipe: ElvaPipeline, inputs: dict[str, Any], schedule: MergeSchedule) -> tuple[MergeMap, list[int]]:
+    """Run the prompt through the model once: who merged into whom, and the tokens of each layer."""
+    import torch
+
+    tensors = {name: value.to(pipe.device) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    with torch.inference_mode():
+        outputs = pipe.model(
+            **tensors, merge_schedule=schedule, output_merge_map=True, use_cache=True, logits_to_keep=1
+        )
+    return outputs.merge_map, outputs.past_key_values.tokens_per_layer[:, 0].tolist()
+
+
+def build_view(
+    decoded: DecodedOnce,
+    video: Path,
+    merge_map: MergeMap,
+    layer_tokens: list[int],
+    schedule: MergeSchedule,
+    number: int,
+    head: tuple[str, ...],
+) -> MergeView:
+    """Put together what a picture shows of merge step `number`, counted from 0."""
+    from elva_hf.viz.merging import MergeView, read_fates, restore_frames
+
+    patches, (sampled,) = decoded.encode([video])
+    return MergeView(
+        frames=restore_frames(patches, sampled.grids, decoded.image_mean, decoded.image_std),
+        fates=read_fates(merge_map, sampled.grids, number),
+        captions=_captions(sampled),
+        layer_tokens=layer_tokens,
+        steps={step.layer: _describe(step, schedule) for step in schedule.steps},
+        layer=schedule.steps[number].layer,
+        title=head[0],
+        notes=head[1:],
+    )
+
+
+def describe(view: MergeView) -> Iterator[str]:
+    """What each step did, and what is shown."""
+    tokens = view.layer_tokens
+    for number, (layer, what) in enumerate(view.steps.items(), start=1):
+        yield f"{f'step {number}':<10}at layer {layer}, {what}: {tokens[layer - 1]} -> {tokens[layer]} tokens"
+    yield f"shown     {view.summary}"
+
+
+def write(view: MergeView, out: Path) -> None:
+    """Write a film or a sheet, as the suffix says."""
+    from elva_hf.viz.merging import draw_page, draw_sheet
+
+    if out.suffix.lower() == ".png":
+        draw_sheet(view).save(out)
+    else:
+        write_film((draw_page(view, number) for number in range(len(view.frames))), out)
+
+
+def write_film(pages: Iterable[Image], out: Path) -> None:
+    """Write pictures of one even size as a film that browsers play, if FFmpeg was built with that encoder."""
+    import av
+
+    h264 = "libx264" in av.codecs_available
+    with av.open(str(out), "w") as container:
+        stream = None
+        for page in pages:
+            if stream is None:
+                stream = container.add_stream("libx264" if h264 else "mpeg4", rate=FRAMES_PER_SECOND)
+                stream.width, stream.height, stream.pix_fmt = page.width, page.height, "yuv420p"
+                stream.options = {"crf": "16"} if h264 else {"qscale": "2"}
+            container.mux(stream.encode(av.VideoFrame.from_image(page)))
+        container.mux(stream.encode())
+
+
+def _check_step(step: int | None, schedule: MergeSchedule) -> int:
+    """Index of the merge step to show."""
+    from elva_hf.schedule_elva import PRESETS
+
+    if not schedule:
+        names = ", ".join(name for name in PRESETS if name != "none")
+        raise ConfigurationError(
+            "with this merge schedule (none) no tokens merge, so there is nothing to show; "
+            f"choose one with --merge-schedule: {names}, or steps as JSON."
+        )
+    if step is not None and not 1 <= step <= len(schedule.steps):
+        raise ConfigurationError(f"--step {step}: the merge schedule has steps 1 to {len(schedule.steps)}.")
+    return len(schedule.steps) - 1 if step is None else step - 1
+
+
+def _answer(pipe: ElvaPipeline, inputs: dict[str, Any], schedule: MergeSchedule) -> str:
+    (record,) = pipe.postprocess(pipe.forward(inputs, merge_schedule=schedule))
+    return record["generated_text"]
+
+
+def _captions(sampled: SampledVideo) -> list[str]:
+    return [f"{time:.2f} s" for time in sampled.times] if sampled.times else [""] * sampled.num_frames
+
+
+def _describe(step: MergeStep, schedule: MergeSchedule) -> str:
+    if step.similarity_threshold is not None:
+        return f"similarity > {step.similarity_threshold:g}"
+    return f"keep {100 * step.target_ratio:g} %" + (" of the input" if schedule.ratio_of == "input" else "")
