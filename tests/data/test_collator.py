@@ -46,6 +46,16 @@ def test_mask_equals_a_loop():
             assert (mask[i, j] == 0) == allowed, (i, j)
 
 
+def test_rows_of_one_question_are_plain_sequences():
+    alone = [PackedRow(row.prefix, row.turns[:1]) for row in rows()]
+    packed = pack_rows(alone, pad_token_id=0)
+    plain = batch([row.prefix + row.turns[0][0] + row.turns[0][1] for row in alone], "right")
+    assert torch.equal(packed["input_ids"], plain["input_ids"])
+    assert torch.equal(packed["attention_mask"], plain["attention_mask"])
+    for positions, mask in zip(packed["position_ids"], packed["attention_mask"], strict=True):
+        assert positions[mask == 1].tolist() == list(range(int(mask.sum())))
+
+
 def test_positions_restart_after_the_video():
     row = rows()[0]
     packed = pack_rows([row], pad_token_id=0)

@@ -47,10 +47,20 @@ def test_a_recipe_trains_saves_and_loads_without_its_head(tmp_path):
     assert not hasattr(model, "guidance")
 
 
+def test_a_stage_that_merges_trains_and_its_model_keeps_the_schedule(tmp_path):
+    steps = [{"layer": 1, "similarity_threshold": 0.6}, {"layer": 3, "target_ratio": 0.5}]
+    changes = {"merge_schedule": steps, "questions_per_video": 1, "tube_alignment_weight": 0.0, "max_steps": 3}
+    toy.main(["--recipe", write(tmp_path, **changes), "--out", str(tmp_path / "out")])
+    model = ElvaForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert model.config.merge_schedule == steps
+    assert model.config.resolve_merge_schedule().step_at(3).target_ratio == 0.5
+
+
 def test_the_shipped_recipe_is_valid():
     recipe, stages = toy.read_recipe("tiny")
     assert recipe["preset"] == "tiny"
-    assert [stage.num_frames for stage in stages] == [1, 8, 8]
+    assert [stage.num_frames for stage in stages] == [1, 8, 8, 8]
+    assert [stage.merge_schedule is not None for stage in stages] == [False, False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,8 @@ def pack_rows(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, Tensor]
 
     Returns:
         `input_ids`, `labels`, `position_ids`, each `(B, N)`, and `attention_mask`, `(B, 1, N, N)` float32: 0 where a
-        token may look, the lowest float where it may not.
+        token may look, the lowest float where it may not. Rows of one question are plain sequences: their mask is
+        `(B, N)`, 1 for a token, which is the only kind that merging takes.
     """
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id)
@@ -64,7 +65,7 @@ def pack_rows(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, Tensor]
         "input_ids": input_ids,
         "labels": labels,
         "position_ids": position_ids,
-        "attention_mask": shared_prefix_mask(segments),
+        "attention_mask": (segments >= 0).long() if int(segments.max()) <= 1 else shared_prefix_mask(segments),
     }
 
 

@@ -54,6 +54,9 @@ class ToyStage:
         focus: Tasks asked more often than the others, and how many times as often.
         stop_after: Steps after which the stage ends, short of `max_steps`, which still shapes the schedule.
         first_seed: Scene of the stage's first video.
+        questions_per_video: Questions asked about a video, instead of the recipe's number.
+        merge_schedule: What merges inside the decoder, from this stage on (section 3.3: in the last stage). The rows of
+            several questions share their video through a mask of their own, which merging does not take: one question.
     """
 
     name: str
@@ -68,6 +71,8 @@ class ToyStage:
     focus: dict[str, float] | None = None
     stop_after: int | None = None
     first_seed: int = 0
+    questions_per_video: int | None = None
+    merge_schedule: str | list | None = None
 
 
 def read_recipe(name_or_path: str) -> tuple[dict[str, Any], list[ToyStage]]:
@@ -272,8 +277,10 @@ def save(model: ElvaForCausalLM, folder: Path) -> None:
 
 def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], tokenizer: Any, out: Path) -> None:
     """Train one stage through HF Trainer."""
+    if stage.merge_schedule is not None:
+        model.set_merge_schedule(stage.merge_schedule)
     common = {
-        "num_questions": recipe["questions_per_video"],
+        "num_questions": stage.questions_per_video or recipe["questions_per_video"],
         "patch_size": model.config.patch_size,
     }
     train = ToyDataset(
