@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test lint check format tiny ship eval mixins clean
+.PHONY: demo test lint check format tiny ship eval mixins mutants clean
 
 demo: $(VENV)/.installed  ## ask the shipped checkpoint about the shipped clip
 	$(BIN)/elva demo
@@ -36,6 +36,9 @@ eval: $(VENV)/.tested  ## both held-out tables of the shipped checkpoint
 mixins: $(VENV)/.tested  ## transformers' own common tests on our classes, without merging and with; downloads its sdist
 	$(BIN)/python scripts/run_mixins.py
 	ELVA_MERGE_SCHEDULE='[{"layer": 1, "target_ratio": 0.5}]' $(BIN)/python scripts/run_mixins.py
+
+mutants: $(VENV)/.tested  ## plant faults in the merging core: the tests must see each
+	$(BIN)/python scripts/mutants.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

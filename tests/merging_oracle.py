@@ -66,10 +66,6 @@ class Oracle:
         self.patch_embed = copy.deepcopy(model.model.patch_embed).double()
         self.config = model.config
 
-    def zero_grad(self):
-        self.text.zero_grad()
-        self.patch_embed.zero_grad()
-
     def gradients(self):
         """By the names they have in the model."""
         parts = {
@@ -137,13 +133,11 @@ class Oracle:
 
     def mask(self, alive, layer):
         """`(1, 1, N, N)`: a token sees the living before it, and itself."""
-        length = len(alive)
-        window = self.text.config.sliding_window if self._slides(layer) else None
-        allowed = torch.zeros(length, length, dtype=torch.bool)
-        for i in range(length):
-            for j in range(i + 1):
-                near = window is None or i - j < window
-                allowed[i, j] = i == j or (alive[j] and near)
+        position = torch.arange(len(alive))
+        ahead = position - position[:, None]
+        window = self.text.config.sliding_window if self._slides(layer) else len(alive)
+        allowed = torch.tensor(alive) & (ahead <= 0) & (ahead > -window)
+        allowed = allowed | (ahead == 0)
         return allowed[None, None]
 
     def _slides(self, layer):

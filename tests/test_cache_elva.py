@@ -19,7 +19,7 @@ from merging_cases import (
     without,
 )
 from merging_oracle import Oracle
-from tiny_elva import LINE, PATCH, video, words
+from tiny_elva import LINE, PATCH, batch, video, words
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
 
@@ -215,6 +215,30 @@ def test_words_of_the_prompt_behind_the_last_video_can_be_cropped(model, side):
     )
     real = inputs["attention_mask"][:, -tail:].bool()
     assert_exact(again.logits[real], expected[real])
+
+
+@torch.no_grad()
+def test_cropped_padding_is_forgotten(model):
+    """Where a row had padding it may have a word now, and the other way round."""
+    samples = [BUSY[0] + words(5, 60), BUSY[1] + words(3, 61), words(4)]
+    inputs = movies(samples, "right")
+    length = inputs["input_ids"].shape[1]
+    tail = length - 1 - last_column(inputs, LINE)
+    whole = model(**inputs, use_cache=True)
+    whole.past_key_values.crop(-tail)
+    before = inputs["attention_mask"][:, :-tail]
+    left = [ids[int(count) :] for ids, count in zip(samples, before.sum(1), strict=True)]
+    again = batch([*left, words(tail)])  # the same words, padded left and to the full width
+    mask = torch.cat([before, again["attention_mask"][:-1]], 1)
+    out = model(
+        input_ids=again["input_ids"][:-1],
+        attention_mask=mask,
+        position_ids=positions(mask)[:, -tail:],
+        past_key_values=whole.past_key_values,
+    )
+    assert not torch.equal(mask, inputs["attention_mask"])
+    for row, ids, expected in zip(out.logits, left, rows_of(whole.logits, inputs), strict=True):
+        assert_exact(row[tail - len(ids) :], expected[len(expected) - len(ids) :])
 
 
 @torch.no_grad()
