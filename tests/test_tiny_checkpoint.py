@@ -39,6 +39,18 @@ def test_it_answers_every_demo_question_right(ask):
         assert ask(str(TINY / "demo.mp4"), question) == [{"generated_text": answer}], question
 
 
+def test_it_carries_a_schedule_that_merges_most_patches(ask):
+    schedule = ask.model.config.resolve_merge_schedule()
+    assert [step.layer for step in schedule.steps] == [2, 3]
+    frames = render(sample_scene(DEMO["seed"], split="demo"))
+    inputs = ask.processor(videos=[frames], text="<video>What color is it?", return_tensors="pt")
+    with torch.no_grad():
+        tokens = ask.model(**inputs, use_cache=True).past_key_values.tokens_per_layer[:, 0].tolist()
+        plain = ask.model(**inputs, use_cache=True, merge_schedule="none").past_key_values
+    assert tokens[0] == tokens[1] == plain.get_seq_length()
+    assert tokens[3] < tokens[2] < tokens[1] - 128 // 2  # of 8 frames of 16 patches
+
+
 def test_elva_demo_prints_every_question_answer_count_and_time():
     result = CliRunner().invoke(app, ["demo"], prog_name="elva")
     assert result.exit_code == 0, result.stderr
