@@ -255,6 +255,20 @@ FAULTS = (
         (EXACTNESS, "-k", "second_video"),
     ),
     Fault(
+        "what a static layer has yet to fill is read",
+        "packing_elva.py",
+        "return states[:, :, : self.past + self.width]",
+        "return states",
+        (CACHE, "-k", "static_cache"),
+    ),
+    Fault(
+        "a mask of the new tokens is taken for one of the past",
+        "decoder_elva.py",
+        "attention_mask.shape[1] == seen + tokens\n    past_mask",
+        "attention_mask.shape[1] > seen\n    past_mask",
+        (CACHE, "-k", "mask_of_the_new_tokens"),
+    ),
+    Fault(
         "a filled cache is adopted without its padding",
         "cache_elva.py",
         "layers[0].key_mask = past_mask",
@@ -377,7 +391,7 @@ def check_unharmed(faults: Iterable[Fault]) -> bool:
             log.error("the copy is not what Python imports: %s", found.strip())
             return False
         files = sorted({test for fault in faults for test in fault.tests if test.endswith(".py")})
-        done = run_tests(folder, files)
+        done = run_tests(folder, ["--numprocesses", str(JOBS), "--dist", "loadfile", *files])
         if done.returncode:
             log.error("the tests fail without any fault:\n%s", done.stdout[-3000:])
         return not done.returncode

@@ -36,7 +36,7 @@ ARCHITECTURE = (
     "16-pixel patches, width 128, with the cross-attention of the paper's section 3.1. Eight frames of 4x4 "
     "patches a clip: 170 visual tokens with borders. Byte-level tokenizer of 514 entries. Patches merge inside the "
     "decoder, as the checkpoint's `merge_schedule` says: those more similar than 0.6 to the next frame's at the input "
-    "of layer 2, and half of what is left at layer 3. `merge_schedule=\"none\"` turns it off."
+    'of layer 2, and half of what is left at layer 3. `merge_schedule="none"` turns it off.'
 )
 LIMITS = (
     "It knows that world and nothing else. It has never seen real footage, other sizes or longer clips, and "
@@ -47,7 +47,8 @@ TRAINING = (
     "stage 2 eight-frame clips, three in ten of them through H.264, and was stopped at 3000 of its 10000 steps; "
     "stage 3 started from its saved weights with more multi-object scenes. Loss: L_Gen plus L_MSE (Eq. 2) to a "
     "hand-made, label-free teacher of 29 numbers a patch (colour, bars, edges), which favours questions about "
-    "looks by construction. Stage 4 trains with merging on and L_Gen alone. Digits are scikit-learn's; the test split holds out their images. Weights are stored "
+    "looks by construction. Stage 4 trains with merging on and L_Gen alone. Digits are scikit-learn's; the test "
+    "split holds out their images. Weights are stored "
     "in bfloat16."
 )
 EVALUATION = (

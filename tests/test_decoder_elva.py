@@ -23,9 +23,10 @@ from tiny_elva import END, FRAME, LINE, PATCH, START, VOCAB, batch_inputs, tiny_
 from transformers import DynamicCache
 
 from elva_hf import attention_elva, decoder_elva, geometry_elva
-from elva_hf.decoder_elva import BatchLayout, StateTrace, mlp_in_chunks, run_packed, run_padded
+from elva_hf.decoder_elva import StateTrace, mlp_in_chunks, run_packed, run_padded
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.merging_elva import Tubes
+from elva_hf.packing_elva import BatchLayout
 
 RATIOS = SCHEDULES["ratios"]
 

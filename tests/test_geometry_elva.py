@@ -226,5 +226,7 @@ def test_one_host_copy_is_all_that_reading_needs():
     flags = [torch.zeros(24, dtype=torch.bool, device="meta") for _ in range(4)]
     video_numbers = torch.zeros(24, dtype=torch.long, device="meta")
     assert geo.find_malformed(*flags, video_numbers).shape == (24,)
-    built = geo._build_geometry(*flags[:3], video_numbers, [4, 1, 2], torch.ones(2, 12, dtype=torch.bool, device="meta"))
+    built = geo._build_geometry(
+        *flags[:3], video_numbers, [4, 1, 2], torch.ones(2, 12, dtype=torch.bool, device="meta")
+    )
     assert built.tube_ids.shape == (2, 12)

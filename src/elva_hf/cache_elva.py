@@ -8,7 +8,6 @@ holes: the first layer of a stage (the layers between two merges) carries the st
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -264,66 +263,3 @@ def _adopt_layer(layer: DynamicLayer) -> ElvaDynamicLayer:
         adopted.lazy_initialization(layer.keys, layer.values)
         adopted.keys, adopted.values, adopted.tail = layer.keys, layer.values, layer.get_seq_length()
     return adopted
-
-
-@dataclass(frozen=True)
-class Filing:
-    """Where the tokens of a packed row go in the padded cache, for the layers of one stage.
-
-    Args:
-        batch: `B`.
-        width: Columns this forward appends.
-        tokens: Columns of the input, merged ones included.
-        tail: Columns at the end that were not merged and can be cropped.
-        slots: `(n,)` place of each packed token in `(B * width)`; None if every place is taken, in order.
-        key_places: `(k,)` sample and `(k,)` column of every key of the stage, sample by sample; None if the new
-            keys, or all columns of a single sample, are all there is.
-        past: Columns the cache held before; None if it was empty.
-    """
-
-    batch: int
-    width: int
-    tokens: int
-    tail: int
-    slots: Tensor | None
-    key_places: tuple[Tensor, Tensor] | None
-    past: int | None
-
-    def pad(self, states: Tensor) -> Tensor:
-        """`(1, heads, n, d)` packed to `(B, heads, width, d)` padded."""
-        rows = states[0].transpose(0, 1)
-        if self.slots is not None:
-            rows = rows.new_zeros(self.batch * self.width, *rows.shape[1:]).index_copy(0, self.slots, rows)
-        return rows.unflatten(0, (self.batch, self.width)).transpose(1, 2)
-
-    def pack(self, states: Tensor) -> Tensor:
-        """`(B, heads, columns, d)` padded to `(1, heads, k, d)` packed."""
-        if self.key_places is None:
-            return states[:, :, : self.past + self.width]  # a static layer hands out what is yet to come
-        samples, columns = self.key_places
-        return states[samples, :, columns].transpose(0, 1)[None]
-
-
-class PackedCache:
-    """The cache as a decoder's layers see it in a packed forward: packed keys go in, packed keys come out."""
-
-    def __init__(self, cache: Cache, filing: Filing):
-        self.cache, self.filing = cache, filing
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """File `(1, heads, n, d)`; returns all keys and values of the layer, `(1, heads, k, d)`."""
-        filing = self.filing
-        keys, values = self.cache.update(filing.pad(key_states), filing.pad(value_states), layer_idx, *args, **kwargs)
-        layer = self.cache.layers[layer_idx]
-        if isinstance(layer, ElvaDynamicLayer):
-            layer.merged += filing.tokens - filing.width
-            layer.tail = filing.tail
-        if filing.past is None:
-            return key_states, value_states
-        return filing.pack(keys), filing.pack(values)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length of a layer."""
-        return self.cache.get_seq_length(layer_idx)

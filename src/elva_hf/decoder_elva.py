@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .attention_elva import Packing, attention_config, causal_mask
-from .cache_elva import ElvaCache, Filing, PackedCache, adopt_cache
+from .cache_elva import ElvaCache, adopt_cache
 from .errors_elva import ConfigurationError
 from .geometry_elva import to_host
 from .merging_elva import (
@@ -34,6 +34,7 @@ from .merging_elva import (
     merge_tokens,
     similarity_to_next,
 )
+from .packing_elva import BatchLayout, PackedCache
 from .schedule_elva import MergeSchedule, MergeStep
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral")
@@ -153,68 +154,6 @@ def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, t
         lengths=lengths,
         patches=[before - count for before, count in zip(tokens.patches, removals, strict=True)],
     )
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """Where the tokens of a padded batch are, known on the host.
-
-    Args:
-        valid: `(B, N)` bool on the host, False for padding.
-        index: `(n,)` flat place of each packed token in the batch, on the device; None if there is no padding.
-        tail: Trailing columns that no merge reaches.
-    """
-
-    valid: Tensor
-    index: Tensor | None
-    tail: int
-
-    @classmethod
-    def read(cls, valid: Tensor, tail: int, device: torch.device) -> BatchLayout:
-        """Lay out a batch from its mask on the host."""
-        index = None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        return cls(valid, index, tail)
-
-    def pack(self, padded: Tensor) -> Tensor:
-        """`(B, N, ...)` to `(n, ...)`."""
-        flat = padded.flatten(0, 1)
-        return flat if self.index is None else flat[self.index]
-
-    def unpack(self, packed: Tensor, fill: float = 0) -> Tensor:
-        """`(n, ...)` to `(B, N, ...)`, padding filled."""
-        if self.index is not None:
-            flat = packed.new_full((self.valid.numel(), *packed.shape[1:]), fill)
-            packed = flat.index_copy(0, self.index, packed)
-        return packed.unflatten(0, self.valid.shape)
-
-    def file(self, lengths: list[int], past: Tensor | None, old_tail: int, device: torch.device) -> tuple[Filing, Any]:
-        """Plan where a stage's tokens go in the padded cache.
-
-        What a merge may have shortened is pushed against the tail, which keeps the columns of the input: that is
-        what makes cropping the tail exact.
-
-        Args:
-            lengths: Tokens each sample has left.
-            past: `(B, columns)` bool on the host, keys already in the cache; None if it is empty.
-            old_tail: Columns that could be cropped before.
-            device: Where the indices are wanted.
-
-        Returns:
-            The plan, and `(B, columns)` bool on the host: the stage's keys after this forward.
-        """
-        batch, tokens = self.valid.shape
-        last = self.valid[:, tokens - self.tail :]
-        body = torch.tensor(lengths) - last.sum(1)
-        room = int(body.max())
-        new = torch.cat([torch.arange(room) >= room - body[:, None], last], 1)
-        keys = new if past is None else torch.cat([past, new], 1)
-        slots = None if bool(new.all()) else new.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        places = None
-        if past is not None and (batch > 1 or not bool(keys.all())):
-            places = tuple(part.to(device, non_blocking=True) for part in keys.nonzero(as_tuple=True))
-        tail = self.tail + (old_tail if self.tail == tokens else 0)
-        past_columns = None if past is None else past.shape[1]
-        return Filing(batch, new.shape[1], tokens, tail, slots, places, past_columns), keys
 
 
 def run_packed(
