@@ -230,3 +230,62 @@ def test_one_host_copy_is_all_that_reading_needs():
         *flags[:3], video_numbers, [4, 1, 2], torch.ones(2, 12, dtype=torch.bool, device="meta")
     )
     assert built.tube_ids.shape == (2, 12)
+
+
+HYBRID = [
+    words(2, 1) + video((2, 2), (1, 1), (2, 2), (1, 1), (2, 2)) + words(3, 2),
+    video((1, 2), (1, 2)) + words(1, 3) + video((1, 2)) + words(4, 4),
+    words(5, 5),
+]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("window", "max_run"), [(None, None), (2, None), (None, 2), (3, 2)])
+def test_tubes_equal_a_walk_over_frames(side, window, max_run):
+    """Two patches share a tube when grid, place and video agree and no border of a window or a run lies between."""
+    inputs = batch(HYBRID, side)
+    geometry = geo.read_geometry(geo.token_kinds(inputs["input_ids"], KIND_IDS), inputs["attention_mask"])
+    tubes = geometry.tubes(window, max_run)
+    keys, groups, seen = {}, {}, {}
+    for patch, index in enumerate(geometry.patch_index.tolist()):
+        frame, number = int(geometry.patch_frame[patch]), int(geometry.patch_video[patch])
+        first = int(geometry.patch_frame[geometry.patch_video == number].min())
+        part = (frame - first) // window if window else 0
+        grid = (int(geometry.frame_rows[frame]), int(geometry.frame_columns[frame]))
+        place = (number, part, grid, int(geometry.patch_row[patch]), int(geometry.patch_column[patch]))
+        seen[place] = seen.get(place, 0) + 1
+        keys[index] = (*place, (seen[place] - 1) // max_run if max_run else 0)
+        groups[index] = (number, part)
+    ids, group_ids = tubes.ids.flatten().tolist(), tubes.groups.flatten().tolist()
+    for a in keys:
+        assert [ids[a] == ids[b] for b in keys] == [keys[a] == keys[b] for b in keys]
+        assert [group_ids[a] == group_ids[b] for b in keys] == [groups[a] == groups[b] for b in keys]
+    others = [i for i in range(len(ids)) if i not in keys]
+    assert all(ids[i] < 0 for i in others) and len({ids[i] for i in others}) == len(others)
+    assert all(group_ids[i] == -1 for i in others)
+    length = inputs["input_ids"].shape[1]
+    for number in range(max(group_ids) + 1):
+        members = [i for i in keys if group_ids[i] == number]
+        assert tubes.patches[number] == len(members)
+        assert tubes.floors[number] == len({ids[i] for i in members})
+        assert {i // length for i in members} == {tubes.samples[number]}
+    assert tubes.tail == min(length - 1 - i % length for i in keys)
+
+
+def test_frames_are_counted_in_their_sample():
+    inputs = batch(HYBRID, "left")
+    geometry = geo.read_geometry(geo.token_kinds(inputs["input_ids"], KIND_IDS), inputs["attention_mask"])
+    for ids, numbers in zip(inputs["input_ids"].tolist(), geometry.frame_numbers.tolist(), strict=True):
+        frame, wanted = -1, []
+        for token in ids:
+            frame += token == FRAME
+            wanted.append(frame if token in (PATCH, FRAME, LINE) else -1)
+        assert numbers == wanted
+
+
+def test_a_patch_hidden_by_the_mask_cannot_merge():
+    inputs = batch(HYBRID[:1])
+    inputs["attention_mask"][0, 4] = 0
+    geometry = geo.read_geometry(geo.token_kinds(inputs["input_ids"], KIND_IDS), inputs["attention_mask"])
+    with pytest.raises(PlaceholderError, match="sample 0, token 4: attention_mask hides a patch"):
+        geometry.tubes()

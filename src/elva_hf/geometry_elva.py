@@ -92,8 +92,18 @@ class VisualGeometry:
         Args:
             window: Frames of a video after which every run is cut; None for no cut.
             max_run: Most frames a run may hold; None for no bound.
+
+        Raises:
+            PlaceholderError: A patch is masked as padding: what the decoder does not see cannot be counted or merged.
         """
         host = self.host or self
+        hidden = ~host.valid.flatten()[host.patch_index]
+        if bool(hidden.any()):
+            sample, position = divmod(int(host.patch_index[hidden][0]), host.valid.shape[1])
+            raise PlaceholderError(
+                f"sample {sample}, token {position}: attention_mask hides a patch of a video that is to be merged. "
+                "Mask padding only, or use merge_schedule='none'."
+            )
         batch, length = host.tube_ids.shape
         place = host.tube_ids.flatten()[host.patch_index]
         first = torch.full((int(host.patch_video.max()) + 1,), host.num_frames).scatter_reduce(
