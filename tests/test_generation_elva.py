@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from generating import BEAMS, GREEDY, NEW, new_tokens
 from tiny_elva import (
     RAGGED,
     TEXT_TYPES,
@@ -20,15 +21,6 @@ from tiny_elva import (
 from transformers import StaticCache
 
 from elva_hf.errors_elva import PlaceholderError
-
-NEW = 6
-GREEDY = {"do_sample": False, "max_new_tokens": NEW}
-BEAMS = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
-
-
-def new_tokens(out, inputs):
-    sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def alone(model, **options):

@@ -8,6 +8,7 @@ import copy
 import flash_reference
 import pytest
 import torch
+from generating import BEAMS, GREEDY, NEW, new_tokens
 from merging_cases import (
     BUSY,
     LAYERS,
@@ -28,9 +29,6 @@ from transformers import DynamicCache, StaticCache
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.modeling_elva import ElvaForCausalLM
 
-NEW = 6
-GREEDY = {"do_sample": False, "max_new_tokens": NEW}
-BEAMS = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
 UNCACHED = {**GREEDY, "use_cache": False}
 COLD = {"do_sample": True, "temperature": 1e-5, "max_new_tokens": NEW}
 WAYS = {"greedy": GREEDY, "beams": BEAMS, "uncached": UNCACHED}
@@ -55,11 +53,6 @@ def prompts(samples, side="left"):
 
 def prompt(sample):
     return without(movie(BUSY[sample], sample), "position_ids")
-
-
-def new_tokens(out, inputs):
-    sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def alone(model, **options):

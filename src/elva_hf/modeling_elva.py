@@ -217,7 +217,7 @@ class ElvaModel(ElvaPreTrainedModel):
         if not packs and not has_merged(past_key_values):
             outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
             return ElvaModelOutputWithPast(**outputs)
-        states = self._check_outputs(attention_mask, kwargs)
+        states = self._take_output_flags(attention_mask, kwargs)
         if not can_merge:
             outputs = run_padded(self.language_model, **inputs, output_hidden_states=states, **kwargs)
         else:
@@ -251,8 +251,8 @@ class ElvaModel(ElvaPreTrainedModel):
         given = kwargs.get(f"output_{what}")
         return getattr(self.language_model.config, f"output_{what}", False) if given is None else given
 
-    def _check_outputs(self, attention_mask: Any, kwargs: dict[str, Any]) -> bool | int | list[int]:
-        """Refuse what merged tokens cannot give; returns which hidden states are wanted."""
+    def _take_output_flags(self, attention_mask: Any, kwargs: dict[str, Any]) -> bool | int | list[int]:
+        """Take out of `kwargs` which hidden states are wanted; refuse what merged tokens cannot give."""
         if self._wants("attentions", kwargs):
             raise ConfigurationError(
                 "output_attentions=True cannot be had of merged tokens: every layer sees other keys. Use "

@@ -136,7 +136,3 @@ class PackedCache:
         if filing.past is None:
             return key_states, value_states
         return filing.pack(keys), filing.pack(values)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Logical length of a layer."""
-        return self.cache.get_seq_length(layer_idx)

@@ -4,35 +4,14 @@ import json
 import re
 
 import pytest
-from saved_elva import draw_frames, save_checkpoint, write_clip
-from typer.testing import CliRunner
+from command_line import fails, succeeds
+from saved_elva import save_checkpoint
 
-from elva_hf.cli import app
 from elva_hf.cli.planning import describe_costs
 from elva_hf.configuration_elva import ElvaConfig
 from elva_hf.ledger_elva import plan_table5, plan_tokens
 
 GRIDS = [8 * [(4, 4)]]  # what the checkpoint of saved_elva sees of the clip
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", draw_frames(1))
-
-
-def run(*args):
-    return CliRunner().invoke(app, ["plan", *(str(arg) for arg in args)], prog_name="elva")
-
-
-def succeeds(*args):
-    result = run(*args)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
 
 
 def table(text, first, last):
@@ -52,7 +31,7 @@ def costs(text):
 
 
 def test_stages_are_shown_with_their_merge_and_tokens(folder, clip):
-    text = succeeds(clip, "--model", folder, "--merge-schedule", "table5")
+    text = succeeds("plan", clip, "--model", folder, "--merge-schedule", "table5")
     assert "\nmerging   table5\n" in text
     stages = table(text, "layers", "  ")
     assert [row[:-1] for row in stages] == [
@@ -66,12 +45,12 @@ def test_stages_are_shown_with_their_merge_and_tokens(folder, clip):
 
 
 def test_layers_between_two_merges_are_one_line(clip):
-    text = succeeds(clip, "--preset", "elva-7b", "--merge-schedule", "table5")
+    text = succeeds("plan", clip, "--preset", "elva-7b", "--merge-schedule", "table5")
     assert [row[0] for row in table(text, "layers", "  ")] == ["0", "1-2", "3-13", "14-27"]
 
 
 def test_costs_are_those_of_the_ledger_with_merging_and_without(folder, clip):
-    rows = costs(succeeds(clip, "--model", folder, "--merge-schedule", "table5"))
+    rows = costs(succeeds("plan", clip, "--model", folder, "--merge-schedule", "table5"))
     config = ElvaConfig.from_pretrained(folder)
     after, before = (plan_tokens(GRIDS, config, name) for name in ("table5", "none"))
     for label, part in {"FLOPs": "total", "linear": "linear", "attention": "attention", "lm_head": "lm_head"}.items():
@@ -98,42 +77,47 @@ def _value(cell):
 
 
 def test_thresholds_show_the_least_and_the_most(folder, clip):
-    text = succeeds(clip, "--model", folder, "--merge-schedule", "paper")
+    text = succeeds("plan", clip, "--model", folder, "--merge-schedule", "paper")
     stages = table(text, "layers", "  ")
     assert stages[1] == ["1", "merge above similarity 0.6", "58-170", "34-100 %", 6 * "#" + 12 * "-"]
     assert stages[3][1:4] == ["keep 50 % of the patches", "58-106", "34-62 %"]
     assert re.fullmatch(r"[\d.]+-[\d.]+ [kMGT]", costs(text)["linear"][1])
     assert text.endswith("the least and the most.\n")
-    assert "the least and the most" not in succeeds(clip, "--model", folder, "--merge-schedule", "table5")
+    assert "the least and the most" not in succeeds("plan", clip, "--model", folder, "--merge-schedule", "table5")
 
 
 def test_the_schedule_is_the_models_own_if_none_is_given(clip, tmp_path):
     folder = save_checkpoint(tmp_path)
-    plain = succeeds(clip, "--model", folder)
+    plain = succeeds("plan", clip, "--model", folder)
     assert "merging   none: 4 layers of 170 tokens\n" in plain and "\nlayers " not in plain
     assert set(costs(plain)) >= {"FLOPs", "keys and values"} and len(costs(plain)["FLOPs"]) == 1
     config = ElvaConfig.from_pretrained(folder)
     config.merge_schedule = {"steps": "table5", "max_run": 2, "window": 6}
     config.save_pretrained(folder)
-    text = succeeds(clip, "--model", folder)
+    text = succeeds("plan", clip, "--model", folder)
     assert "merging   table5, at most 2 frames in a token, never across a border every 6 frames\n" in text
-    assert succeeds(clip, "--model", folder, "--merge-schedule", "none") == plain
+    assert succeeds("plan", clip, "--model", folder, "--merge-schedule", "none") == plain
 
 
 def test_a_schedule_can_be_written_as_json(folder, clip):
     steps = '[{"layer": 2, "target_ratio": 0.125}]'
-    text = succeeds(clip, "--model", folder, "--merge-schedule", steps)
+    text = succeeds("plan", clip, "--model", folder, "--merge-schedule", steps)
     assert "merging   custom\n" in text
     assert [row[0] for row in table(text, "layers", "  ")] == ["0-1", "2-3"]
     text = succeeds(
-        clip, "--model", folder, "--merge-schedule", '{"steps": "table5", "ratio_of": "input", "survivor": "first"}'
+        "plan",
+        clip,
+        "--model",
+        folder,
+        "--merge-schedule",
+        '{"steps": "table5", "ratio_of": "input", "survivor": "first"}',
     )
     assert "keep 50 % of input patches" in text and "merging   table5, the first of a run stays\n" in text
 
 
 def test_json_holds_what_the_tables_show(folder, clip):
     options = ("--model", folder, "--merge-schedule", "paper", "--frames", 5)
-    fields = json.loads(succeeds(clip, *options, "--json"))
+    fields = json.loads(succeeds("plan", clip, *options, "--json"))
     plan = plan_tokens([5 * [(4, 4)]], ElvaConfig.from_pretrained(folder), "paper")
     assert {key: fields[key] for key in plan.to_dict()} == json.loads(json.dumps(plan.to_dict()))
     assert fields["unmerged"]["flops"]["maximum"]["total"] == plan.without_merging().flops.maximum.total
@@ -146,9 +130,7 @@ def test_json_holds_what_the_tables_show(folder, clip):
 
 def test_unknown_schedules_are_one_line_with_the_choices(folder, clip):
     for given, told in (("tabel5", "none, paper, table5"), ("[{", "JSON"), ('[{"layer": 9, "target_ratio": 1}]', "9")):
-        result = run(clip, "--model", folder, "--merge-schedule", given)
-        assert result.exit_code == 2 and result.stderr.count("\n") == 1
-        assert told in result.stderr
+        assert told in fails("plan", clip, "--model", folder, "--merge-schedule", given)
 
 
 def test_no_line_is_wider_than_a_terminal():

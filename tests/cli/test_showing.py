@@ -8,58 +8,16 @@ import av
 import numpy as np
 import pytest
 import torch
+from command_line import fails, rows, succeeds
 from PIL import Image
 from saved_elva import QUESTION, build_checkpoint, draw_frames, save_checkpoint, write_clip
 from transformers import pipeline as build_pipeline
-from typer.testing import CliRunner
 
 import elva_hf
-from elva_hf.cli import app, loading, showing
+from elva_hf.cli import loading, showing
 from elva_hf.viz import merging as viz
 
 STRONG = '[{"layer": 1, "target_ratio": 0.1}]'
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    return write_clip(tmp_path_factory.mktemp("clips") / "clip.mp4", draw_frames(1))
-
-
-@pytest.fixture(autouse=True)
-def _loud_libraries():
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    logging.set_verbosity(level)
-    (logging.enable_progress_bar if bars else logging.disable_progress_bar)()
-
-
-def run(*args):
-    return CliRunner().invoke(app, [str(arg) for arg in args], prog_name="elva")
-
-
-def succeeds(*args):
-    result = run(*args)
-    assert result.exit_code == 0, result.stderr
-    return result.stdout
-
-
-def fails(*args):
-    result = run(*args)
-    assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("elva: ")
-    assert result.stderr.count("\n") == 1
-    return result.stderr
-
-
-def rows(text, name):
-    return [line.split(None, 1)[1] for line in text.splitlines() if line.startswith(f"{name} ")]
 
 
 def read_film(path):
