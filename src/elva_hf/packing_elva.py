@@ -49,7 +49,9 @@ class BatchLayout:
             packed = flat.index_copy(0, self.index, packed)
         return packed.unflatten(0, self.valid.shape)
 
-    def file(self, lengths: list[int], past: Tensor | None, old_tail: int, device: torch.device) -> tuple[Filing, Tensor]:
+    def file(
+        self, lengths: list[int], past: Tensor | None, old_tail: int, device: torch.device
+    ) -> tuple[Filing, Tensor]:
         """Plan where a stage's tokens go in the padded cache.
 
         What a merge may have shortened is pushed against the tail, which keeps the columns of the input: that is
