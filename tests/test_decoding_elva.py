@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import socket
 
 import av
@@ -11,9 +12,12 @@ import torch
 from clips_elva import HEIGHT, MAKERS, WIDTH, paint, read, write_counter, write_sound
 from PIL import Image
 
-from elva_hf.decoding_elva import probe, read_video, resize_frame
-from elva_hf.errors_elva import VideoError
+from elva_hf import decoding_elva
+from elva_hf.decoding_elva import DecodingOptions, open_reader, probe, read_video, resize_frame
+from elva_hf.errors_elva import REASONS, ConfigurationError, ContextOverflowError, VideoError
 from elva_hf.frames_elva import FramePlan, FrameSampling
+from elva_hf.limits_elva import DecodingLimits, UrlPolicy
+from elva_hf.source_elva import shown
 
 COUNT = 40
 
@@ -286,6 +290,7 @@ def test_each_bad_source_has_one_clear_line(tmp_path):
         with pytest.raises(VideoError) as caught:
             read_video(source, pick(0), keep)
         message = str(caught.value)
+        assert reason in REASONS
         assert caught.value.reason == reason, f"{name}: {caught.value.reason}: {message}"
         assert "\n" not in message and len(message) < 400, name
         assert "secret" not in message + str(caught.value.source), name
@@ -311,3 +316,174 @@ def test_nothing_asks_the_network(monkeypatch):
 def test_an_empty_bytes_message_names_what_to_do():
     with pytest.raises(VideoError, match="0 bytes"):
         probe(bytearray())
+
+
+def broken_stills(tmp_path, *numbers):
+    """Ten stills in an avi, some of them wiped."""
+    path = write_counter(tmp_path / "stills.avi", 10, codec="mjpeg", options={"strict": "-1"})
+    data = bytearray(path.read_bytes())
+    starts = [place for place in range(len(data)) if data[place : place + 3] == b"\xff\xd8\xff"]
+    for number in numbers:
+        data[starts[number] : starts[number + 1] - 8] = bytes(starts[number + 1] - 8 - starts[number])
+    path.write_bytes(data)
+    return path
+
+
+def test_what_was_damaged_is_told(tmp_path):
+    video = read_video(broken_stills(tmp_path, 5), pick(*range(10)), keep)
+    assert video.missing == (5,) and video.damage.num_bad_packets == 1
+
+
+def test_more_than_a_tenth_missing_is_an_error(tmp_path):
+    with pytest.raises(VideoError, match="of 10 frames asked for 2 cannot be decoded") as caught:
+        read_video(broken_stills(tmp_path, 3, 5), pick(*range(10)), keep)
+    assert caught.value.reason == "damaged"
+    assert read_video(broken_stills(tmp_path, 3, 5), pick(0, 1, 2, 4), keep).missing == ()
+
+
+def test_all_missing_is_an_error_of_its_own(tmp_path):
+    with pytest.raises(VideoError) as caught:
+        read_video(broken_stills(tmp_path, 3, 5), pick(3, 5), keep)
+    assert caught.value.reason == "no_frames"
+
+
+def test_any_damage_is_an_error_if_asked(tmp_path):
+    options = DecodingOptions(on_damage="raise")
+    assert len(read_video(write_counter(tmp_path / "a.mp4", 5), pick(0, 4), keep, options=options).frames) == 2
+    with pytest.raises(VideoError) as caught:
+        read_video(broken_stills(tmp_path, 5), pick(*range(10)), keep, options=options)
+    assert caught.value.reason == "damaged"
+
+
+@pytest.mark.parametrize("given", [{"on_damage": "ignore"}, {"threads": 0}, {"threads": True}])
+def test_options_that_mean_nothing_are_refused(given):
+    with pytest.raises(ConfigurationError, match=next(iter(given))):
+        DecodingOptions(**given)
+
+
+def test_a_url_is_fetched_only_where_urls_are_allowed(clips, monkeypatch):
+    asked = []
+
+    def fetch(url, policy):
+        asked.append((url, policy))
+        return io.BytesIO(clips["mp4"].read_bytes())
+
+    monkeypatch.setattr(decoding_elva, "fetch", fetch)
+    url, policy = "https://user:secret@example.org/a.mp4?key=secret", UrlPolicy(max_bytes=10**6)
+    with pytest.raises(VideoError, match="allow_urls") as caught:
+        read_video(url, pick(3), keep)
+    assert caught.value.reason == "protocol" and not asked
+    video = read_video(url, pick(3), keep, options=DecodingOptions(urls=policy))
+    assert asked == [(url, policy)] and read(video.frames[0]) == 3
+    assert "secret" not in video.info.source
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif"])
+def test_an_isolated_process_gives_the_same_frames(clips, kind):
+    options = DecodingOptions(isolate=True)
+    for source in (clips[kind], clips[kind].read_bytes()):
+        apart, here = read_video(source, pick(2, 30), keep, options=options), read_video(source, pick(2, 30), keep)
+        assert all(map(torch.equal, apart.frames, here.frames)) and apart.times == here.times
+        assert apart.info == here.info
+
+
+def test_an_isolated_process_reads_images_too(tmp_path):
+    Image.fromarray(paint(77)).save(tmp_path / "still.png")
+    for source in (tmp_path / "still.png", (tmp_path / "still.png").read_bytes()):
+        video = read_video(source, pick(0), keep, options=DecodingOptions(isolate=True))
+        assert video.info.is_image and read(video.frames[0]) == 77
+
+
+class Threads(torch.utils.data.Dataset):
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        with open_reader(self.path) as reader:
+            return -1 if reader._threads is None else reader._threads
+
+
+def test_a_worker_of_a_data_loader_decodes_with_one_thread(clips):
+    data = Threads(str(clips["mp4"]))
+    assert data[0] == -1
+    assert list(torch.utils.data.DataLoader(data, batch_size=None, num_workers=1)) == [1]
+    with open_reader(str(clips["mp4"]), options=DecodingOptions(threads=3)) as reader:
+        assert reader._threads == 3
+
+
+def test_scenes_choose_the_frames_of_high_resolution(tmp_path):
+    frames = np.concatenate([np.full((n, 32, 32, 3), value, np.uint8) for n, value in ((2, 0), (9, 90), (5, 255))])
+    sizes = {True: (16, 16), False: (8, 8)}
+    plan = FramePlan(tuple(range(16)), tuple(i in (1, 8, 14) for i in range(16)), 16)
+    video = read_video(frames, lambda info: plan, lambda h, w, high: sizes[high], scenes=True)
+    assert sum(video.high) == 3
+    assert [any(video.high[:2]), any(video.high[2:11]), any(video.high[11:])] == [True] * 3
+    assert [tuple(frame.shape[1:]) for frame in video.frames] == [sizes[high] for high in video.high]
+    uniform = read_video(frames, lambda info: plan, lambda h, w, high: sizes[high])
+    assert uniform.high == plan.high
+
+
+def test_images_have_limits_too(tmp_path):
+    Image.fromarray(paint(1)).save(tmp_path / "still.png")
+    frames = [Image.fromarray(frame) for frame in FRAMES]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:], duration=100, lossless=True)
+    for name, limits, reason in (
+        ("still.png", {"max_pixels": 100}, "too_many_pixels"),
+        ("still.png", {"max_bytes": 100}, "too_many_bytes"),
+        ("moving.webp", {"max_frames": 5}, "too_many_frames"),
+        ("moving.webp", {"max_duration": 0.5}, "too_long"),
+    ):
+        with pytest.raises(VideoError) as caught:
+            probe(tmp_path / name, options=DecodingOptions(DecodingLimits(**limits)))
+        assert caught.value.reason == reason
+
+
+def test_arrays_have_limits_too():
+    huge = np.broadcast_to(np.zeros(3, np.uint8), (10**6, 1000, 1000, 3))
+    with pytest.raises(VideoError) as caught:
+        probe(huge)
+    assert caught.value.reason == "too_many_bytes"
+    with pytest.raises(VideoError) as caught:
+        probe(FRAMES, options=DecodingOptions(DecodingLimits(max_frames=5)))
+    assert caught.value.reason == "too_many_frames"
+
+
+class Broken(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return probe("none.mp4")
+
+
+def test_an_error_keeps_its_facts_between_processes():
+    with pytest.raises(VideoError) as caught:
+        probe("none.mp4")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.reason, again.source, again.hint) == (
+        *(str(caught.value), "not_found", caught.value.source, caught.value.hint),
+    )
+    overflow = ContextOverflowError("too long", budget="context_length", needed=9, limit=3, settings={"num_frames": 1})
+    assert pickle.loads(pickle.dumps(overflow)).__dict__ == overflow.__dict__
+    with pytest.raises(VideoError, match="does not exist"):
+        next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1)))
+
+
+@pytest.mark.parametrize(
+    ("path", "seen"),
+    [
+        ("clip?#@.mp4", "clip?#@.mp4"),
+        ("https://user:secret@example.org/a.mp4?key=secret#secret", "https://example.org/a.mp4"),
+        ("https:user:secret@example.org/a", "..."),
+        ("https://user:sec/ret@example.org/a", "https://..."),
+        ("https:\\\\u:secret@h?tok=secret", "..."),
+        ("rtsp://secret@h", "rtsp://h"),
+        ("data:video/mp4;base64,secret", "data:..."),
+        ("C:\\clip.mp4", "C:\\clip.mp4"),
+    ],
+)
+def test_what_people_see_of_a_source_holds_no_secret(path, seen):
+    assert shown(path) == repr(seen)

@@ -15,6 +15,8 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 import elva_hf
 from elva_hf.errors_elva import ConfigurationError, ContextOverflowError, ElvaError, PlaceholderError, VideoError
+from elva_hf.limits_elva import DecodingLimits
+from elva_hf.options_elva import VideoClip
 from elva_hf.pipeline_elva import ElvaPipeline, register_pipeline
 
 NEW = 8
@@ -331,7 +333,8 @@ def test_a_request_longer_than_the_context_is_refused_before_generation(pipe, cl
     with pytest.raises(ContextOverflowError, match=r"2048 positions") as caught:
         pipe(clip, QUESTION, max_new_tokens=2000)
     prompt = pipe.preprocess({"video": clip, "text": QUESTION})["input_ids"].shape[1]
-    assert f"{prompt} tokens (128 of them patches)" in str(caught.value)
+    assert f"{prompt} tokens (168 of them visual)" in str(caught.value)
+    assert (caught.value.needed, caught.value.limit) == (prompt, 48)
     with pytest.raises(ContextOverflowError):
         pipe(text="a b " * 3000)
 
@@ -365,3 +368,74 @@ def test_bad_requests_with_keywords(pipe, clip, tmp_path):
     with pytest.raises(VideoError, match=r"missing\.mp4"):
         pipe(tmp_path / "missing.mp4", QUESTION)
     assert pipe([]) == []
+
+
+def test_the_context_is_checked_before_anything_is_decoded(parts, pipe, clip, monkeypatch):
+    def refuse(*args, **options):
+        pytest.fail("decoded")
+
+    monkeypatch.setattr("elva_hf.sampled_elva.read_frames", refuse)
+    built = pipeline("video-text-to-text", model=parts[0], processor=parts[1], max_new_tokens=2000)
+    ways = [
+        lambda: pipe(clip, QUESTION, max_new_tokens=2000),
+        lambda: pipe(clip, QUESTION, generation_config=GenerationConfig(max_new_tokens=2000)),
+        lambda: pipe([clip, clip], [QUESTION, QUESTION], max_new_tokens=2000, batch_size=2),
+        lambda: next(pipe(iter([{"video": clip, "text": QUESTION}]), max_new_tokens=2000)),
+        lambda: built(clip, QUESTION),
+    ]
+    for way in ways:
+        with pytest.raises(ContextOverflowError, match="has 2048 positions, and the answer may have 2000") as caught:
+            way()
+        assert (caught.value.limit, caught.value.settings) == (48, {"num_high_res_frames": 0, "num_low_res_frames": 4})
+    with pytest.raises(ContextOverflowError, match="context_length is 30") as caught:
+        pipe(clip, QUESTION, context_length=30, max_new_tokens=2000)
+    assert "positions" not in str(caught.value)  # the caller's own limit, not the model's
+    with pytest.raises(ContextOverflowError, match="max_new_tokens=2048 leaves no room"):
+        pipe(clip, QUESTION, max_new_tokens=2048)
+
+
+def test_fewer_frames_are_taken_where_the_context_is_short(parts, pipe, clip, by_hand, monkeypatch):
+    monkeypatch.setattr(parts[0].config.text_config, "max_position_embeddings", 64)
+    fitted = {"num_high_res_frames": 0, "num_low_res_frames": 5}
+    expected = by_hand(chat(clip, QUESTION), fitted, max_new_tokens=12)
+    assert text_of(pipe(clip, QUESTION, max_new_tokens=12, overflow="fit")) == expected
+    batch = pipe([clip, clip], [QUESTION, "?"], max_new_tokens=12, overflow="fit", batch_size=2)
+    assert text_of(batch[0]) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"video_start": 0.3, "video_end": 0.8},
+        {"frame_times": [0.1, 0.6]},
+        {"timestamps": True},
+        {"max_visual_tokens": 60, "overflow": "fit"},
+        {"max_memory": "50KB", "overflow": "fit"},
+        {"num_high_res_frames": 2, "num_low_res_frames": 4, "high_res_selection": "scenes"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_frames_and_budgets_are_flat_keywords_at_call_and_construction(parts, pipe, clip, by_hand, options):
+    expected = by_hand(chat(clip, QUESTION), options)
+    built = pipeline("video-text-to-text", model=parts[0], processor=parts[1], max_new_tokens=NEW, **options)
+    assert text_of(pipe(clip, QUESTION, **options)) == text_of(built(clip, QUESTION)) == expected
+    assert expected != by_hand(chat(clip, QUESTION)) or "high_res_selection" in options
+
+
+def test_reading_options_are_flat_keywords_too(parts, pipe, clip):
+    options = {"isolate": True, "threads": 1, "on_damage": "raise", "limits": DecodingLimits(max_bytes=10**7)}
+    assert text_of(pipe(clip, QUESTION, **options)) == text_of(pipe(clip, QUESTION))
+    small = pipeline("video-text-to-text", model=parts[0], processor=parts[1], limits=DecodingLimits(max_bytes=10))
+    with pytest.raises(VideoError, match="max_bytes=10"):
+        small(clip, QUESTION)
+    with pytest.raises(VideoError, match="allow_urls=True"):
+        pipe("https://example.org/clip.mp4", QUESTION)
+
+
+def test_a_clip_with_options_of_its_own_is_a_video(pipe, clip, by_hand):
+    part = VideoClip(clip, video_end=0.5, num_frames=2)
+    expected = by_hand(chat(part, QUESTION))
+    assert text_of(pipe(part, QUESTION)) == text_of(pipe({"video": part, "text": QUESTION})) == expected
+    block = {"type": "video", "path": str(clip), "video_end": 0.5, "num_frames": 2}
+    asked = [{"role": "user", "content": [block, {"type": "text", "text": QUESTION}]}]
+    assert last_turn(pipe(asked)) == expected != by_hand(chat(clip, QUESTION))

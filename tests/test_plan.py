@@ -34,7 +34,7 @@ def test_a_plan_is_the_prompt_the_processor_writes(processor, clip, config, monk
     for options in ({}, {"num_frames": 7}, {"num_high_res_frames": 2, "num_low_res_frames": 4}, {"fps": 12.5}):
         ids = processor(text="a<video>bc<image>d", videos=clip, images=image, **options)["input_ids"][0]
         prompts[len(ids)] = options
-    monkeypatch.setattr("elva_hf.video_processing_elva.read_video", None)  # nothing is decoded
+    monkeypatch.setattr("elva_hf.sampled_elva.read_frames", None)  # nothing is decoded
     assert len(prompts) == 4
     for length, options in prompts.items():
         plan = processor.plan(clip, image, config=config, merge_schedule="none", text_tokens=4, **options)

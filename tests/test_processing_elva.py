@@ -1,5 +1,6 @@
 """Chat and text with videos and images -> model inputs."""
 
+import json
 import logging
 import pathlib
 
@@ -16,6 +17,8 @@ from elva_hf.errors_elva import (
     PlaceholderError,
     VideoError,
 )
+from elva_hf.limits_elva import UrlPolicy
+from elva_hf.options_elva import VideoClip
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.video_processing_elva import ElvaVideoProcessor
 
@@ -302,7 +305,7 @@ def test_bad_sources_raise_through_the_processor(processor, tmp_path):
 
 
 def test_truncation_never_cuts_a_video(processor):
-    with pytest.raises(ContextOverflowError, match=r"sample 1 needs 3[0-9] tokens, 2[0-9] of them visual"):
+    with pytest.raises(ContextOverflowError, match=r"sample 1: the text up to its last frame has 30 tokens \(27 of"):
         processor(text=["abc", "a<video>bcdefg"], videos=draw(), truncation=True, max_length=20)
     out = processor(text="<video>" + "x" * 50, videos=draw(), truncation=True, max_length=40)
     assert len(out["input_ids"][0]) == 40
@@ -322,7 +325,7 @@ def test_counting_tokens_decodes_nothing_and_agrees_with_the_call(processor, cli
         ids = processor(text="<video><image>", videos=clip, images=draw(1)[0], **options)["input_ids"][0]
         counted = processor.count_tokens(clip, draw(1)[0], **options)
         assert counted.num_tokens == len(ids) and len(counted.videos) == 2
-    monkeypatch.setattr("elva_hf.video_processing_elva.read_video", None)
+    monkeypatch.setattr("elva_hf.sampled_elva.read_frames", None)
     video = processor.count_tokens([clip, str(clip)]).videos[1]
     assert video.grids == ((2, 4),) * 3 and video.tokens_per_frame == (11,) * 3 and video.info.num_frames == 12
 
@@ -398,3 +401,75 @@ def test_nothing_is_warned_about_in_ordinary_use(processor, clip, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.messages
+
+
+def test_a_block_of_a_chat_has_options_of_its_own(processor, clip):
+    def block(**options):
+        return {"type": "video", "path": str(clip), **options}
+
+    blocks = [
+        block(num_frames=2),
+        block(fps=12.5),
+        block(frame_times=[0.4, 0.1]),
+        block(video_start=0.2, video_end=0.4, num_frames=5),
+        block(num_high_res_frames=1, num_low_res_frames=2, high_res_selection="scenes"),
+        block(num_frames=None, fps=None),
+    ]
+    out = model_inputs(processor, user(*blocks, text("?")), return_metadata=True)
+    videos = out["video_metadata"]
+    assert [video.num_frames for video in videos] == [2, 6, 2, 5, 3, 3]
+    assert videos[2].indices == (2, 10) and videos[3].indices == (5, 6, 7, 8, 9) and sum(videos[4].high) == 1
+    clips = [
+        VideoClip(clip, **{name: value for name, value in block.items() if name not in ("type", "path")})
+        for block in blocks
+    ]
+    direct = processor(text="<video>" * 6, videos=clips, return_tensors="pt")
+    assert torch.equal(out["pixel_values_videos"], direct["pixel_values_videos"])
+    assert torch.equal(model_inputs(processor, user({"type": "video", "video": clips[3]}))["pixel_values_videos"],
+                       model_inputs(processor, user(blocks[3]))["pixel_values_videos"])  # fmt: skip
+    plain = model_inputs(processor, user(blocks[0], blocks[5]), num_frames=4, return_metadata=True)
+    assert [video.num_frames for video in plain["video_metadata"]] == [2, 4]
+
+
+def test_clips_are_videos_wherever_videos_are_given(processor, clip):
+    part = VideoClip(clip, num_frames=2)
+    alone = processor(text="<video>", videos=part, return_tensors="pt")
+    for videos in ([part], [[part]]):
+        again = processor(text="<video>", videos=videos, return_tensors="pt")
+        assert all(torch.equal(alone[key], again[key]) for key in alone)
+    assert processor.count_tokens([part, clip]).num_frames == 5
+    frames = [Image.fromarray(frame) for frame in draw()]
+    assert processor.count_tokens(VideoClip(frames, num_frames=2)).num_frames == 2
+
+
+def test_options_for_reading_pass_through_every_way(processor):
+    chat = user({"type": "video", "url": "https://example.org/clip.mp4"}, text("?"))
+    with pytest.raises(VideoError, match="allow_urls=True"):
+        model_inputs(processor, chat)
+    policy = UrlPolicy(allowed_hosts=("elsewhere.org",))
+    for options in ({"allow_urls": policy}, {"processor_kwargs": {"videos_kwargs": {"allow_urls": policy}}}):
+        with pytest.raises(VideoError) as caught:
+            model_inputs(processor, chat, **options)
+        assert caught.value.reason == "address"
+
+
+def test_a_checkpoint_of_a_processor_cannot_allow_urls(tmp_path):
+    ElvaProcessor.from_tokenizer(byte_tokenizer(), **OPTIONS).save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "video_processor": {**fields["video_processor"], "allow_urls": True}}))
+    with pytest.raises(ConfigurationError, match="'allow_urls' is an option of a call"):
+        ElvaProcessor.from_pretrained(tmp_path)
+    path.write_text(json.dumps({**fields, "allow_urls": True, "videos_kwargs": {"allow_urls": True}}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"allow_urls": True, "do_sample_frames": False}))
+    loaded = ElvaProcessor.from_pretrained(tmp_path)
+    with pytest.raises(VideoError, match="allow_urls=True"):
+        loaded(text="<video>", videos="https://example.org/clip.mp4")
+
+
+def test_an_answer_that_cannot_be_continued_is_refused(processor):
+    for content in (None, [], [{"type": "image", "image": draw(1)[0]}]):
+        with pytest.raises(ElvaError, match="no text that could be continued"):
+            model_inputs(
+                processor, [*user(text("?")), {"role": "assistant", "content": content}], continue_final_message=True
+            )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -458,6 +458,13 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             return part_of_loss(rows, targets)
         parts = zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
         return torch.stack([checkpoint(part_of_loss, *part, use_reentrant=False) for part in parts]).sum()
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any) -> tuple:
+        """As `GenerationMixin`'s; visual tokens are never generated, whatever else is suppressed."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        suppressed = {*(generation_config.suppress_tokens or ()), *self.config.special_token_ids}
+        generation_config.suppress_tokens = sorted(suppressed)
+        return generation_config, model_kwargs
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:

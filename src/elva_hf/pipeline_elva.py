@@ -5,49 +5,28 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import AutoModelForMultimodalLM, GenerationConfig, GenerationMixin
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.pt_utils import PipelineDataset, PipelineIterator
-from transformers.utils.chat_template_utils import Chat, is_valid_message
 
-from .errors_elva import ContextOverflowError, ElvaError, PlaceholderError
-from .video_processing_elva import HYBRID_FIELDS, SAMPLING_FIELDS, is_frame_list
+from .errors_elva import ContextOverflowError
+from .options_elva import HYBRID_FIELDS, SAMPLING_FIELDS
+from .requests_elva import TEMPLATE_OPTIONS, Request, Room, encode_request, read_request, read_requests
 
 TASK = "video-text-to-text"
 
 GENERATION_FIELDS = frozenset(name for name in vars(GenerationConfig()) if not name.startswith("_"))
 GENERATE_ARGUMENTS = frozenset(inspect.signature(GenerationMixin.generate).parameters) - {"self", "inputs", "kwargs"}
 MODEL_ARGUMENTS = frozenset({"merge_schedule"})
-TEMPLATE_OPTIONS = frozenset({"chat_template", "tools", "documents"})
 POSTPROCESS_OPTIONS = frozenset({"return_full_text", "skip_special_tokens"})
-REQUEST_KEYS = ("video", "videos", "image", "images", "text")
-
-
-@dataclass(frozen=True)
-class Request:
-    """One thing to answer: a chat, and how the caller wrote it.
-
-    Args:
-        messages: The chat, never changed.
-        question: The caller's text if it was not written as a chat.
-    """
-
-    messages: list[dict[str, Any]]
-    question: str | None = None
-
-    @property
-    def continues(self) -> bool:
-        """Whether the last turn is the assistant's, to be continued rather than followed."""
-        return self.messages[-1]["role"] == "assistant"
 
 
 class ElvaPipeline(Pipeline):
@@ -57,9 +36,11 @@ class ElvaPipeline(Pipeline):
     the same way, one chat, and lists, generators or datasets of chats or dictionaries. A text is what a person typed: a
     special token written in it stays text. Keywords, at construction and at each call: every field of
     `GenerationConfig` and argument of `generate`, every option of the video processor (`num_frames`, `fps`,
-    `num_high_res_frames`, `longest_edge`, ...), `return_full_text`, `batch_size`.
+    `num_high_res_frames`, `longest_edge`, `video_start`, `timestamps`, ...), `return_full_text`, `batch_size`.
 
-    Unless the model's generation config says otherwise, answers have at most 256 new tokens.
+    Unless the model's generation config says otherwise, answers have at most 256 new tokens. Prompt and answer must
+    fit the positions of the model, which is known before a video is decoded; with `overflow="fit"` fewer frames are
+    taken where they do not.
     """
 
     _load_processor = True
@@ -93,7 +74,7 @@ class ElvaPipeline(Pipeline):
         Raises:
             ElvaError: No question, or an input of no known form.
             VideoError: A video that cannot be read.
-            ContextOverflowError: Prompt and answer need more positions than the model has.
+            ContextOverflowError: Prompt and answer need more positions than the model has, or a budget is too small.
             TypeError: A keyword that nothing here knows.
         """
         requests = read_requests(videos, text, images)
@@ -136,7 +117,7 @@ class ElvaPipeline(Pipeline):
     def _visual_options(self) -> frozenset[str]:
         return frozenset(self.processor.video_processor.valid_kwargs.__annotations__)
 
-    def preprocess(self, inputs: Any, **options: Any) -> dict[str, Any]:
+    def preprocess(self, inputs: Any, room: Room | None = None, **options: Any) -> dict[str, Any]:
         """One request -> token ids and patches.
 
         Returns:
@@ -144,19 +125,18 @@ class ElvaPipeline(Pipeline):
             any, and `requests`, a list of one.
         """
         request = read_request(inputs)
-        template = {name: options.pop(name) for name in TEMPLATE_OPTIONS & options.keys()}
-        encoded = self.processor.apply_chat_template(
-            request.messages,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=not request.continues,
-            continue_final_message=request.continues,
-            sanitize_control_tokens=True,
-            processor_kwargs=dict(options),
-            **template,
-        )
-        return {**encoded.to(dtype=self.dtype), "requests": [request]}
+        return {**encode_request(self.processor, request, options, room).to(dtype=self.dtype), "requests": [request]}
+
+    def run_single(
+        self,
+        inputs: Any,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> list[dict[str, Any]]:
+        """Answer one request."""
+        preprocess_params = self._with_room(preprocess_params, forward_params)
+        return super().run_single(inputs, preprocess_params, forward_params, postprocess_params)
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Join requests into one batch, padded on the left; patches are concatenated in order.
@@ -182,6 +162,7 @@ class ElvaPipeline(Pipeline):
         postprocess_params: dict[str, Any],
     ) -> Iterator[list[dict[str, Any]]]:
         """Answer many requests, `batch_size` at a time, in order."""
+        preprocess_params = self._with_room(preprocess_params, forward_params)
         sized = hasattr(inputs, "__len__")
         source = (PipelineDataset if sized else PipelineIterator)(inputs, self.preprocess, preprocess_params)
         workers = num_workers if sized else min(num_workers, 1)  # each worker would read all of a stream
@@ -205,8 +186,19 @@ class ElvaPipeline(Pipeline):
         generated = sequences[:, prompt_length:].unflatten(0, (num_requests, -1))
         return {"requests": model_inputs["requests"], "generated": generated}
 
+    def _with_room(self, preprocess_params: dict[str, Any], forward_params: dict[str, Any]) -> dict[str, Any]:
+        """What `preprocess` is given, with what the model has, so that a prompt is checked before decoding."""
+        limit = self._num_positions()
+        if limit is None:
+            return preprocess_params
+        settings = self._get_set_generation_params(self._prepare_generate_kwargs(forward_params))
+        return {**preprocess_params, "room": Room(limit, settings.get("max_new_tokens") or 0)}
+
+    def _num_positions(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def _check_context(self, inputs: dict[str, Tensor], settings: dict[str, Any]) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self._num_positions()
         if limit is None:
             return
         lengths = inputs["attention_mask"].sum(1)
@@ -249,146 +241,6 @@ def register_pipeline() -> None:
     )
     # With this mark, saving would write `custom_pipelines` into the config, and loading would then ask for remote code.
     del ElvaPipeline._registered_impl
-
-
-def read_requests(videos: Any, text: Any, images: Any) -> Request | list[Request] | Iterator[Request] | Dataset:
-    """Turn the arguments of a pipeline call into one request, a list of them, or a stream.
-
-    Raises:
-        ElvaError: No question, chat and videos both given, or lists of different lengths.
-    """
-    if text is None:
-        if images is not None:
-            raise ElvaError('an image without a question; call pipe(images=image, text="What is this?").')
-        return _read_many(videos)
-    if isinstance(text, str):
-        return _question(text, _sources(videos, _is_video_list), _sources(images, _is_list))
-    if not _is_list(text):
-        return _read_many(_no_visuals(text, videos, images))
-    if not text or not isinstance(text[0], str):
-        return _read_many(_no_visuals(text, videos, images))
-    columns = [_column(videos, len(text), _is_video_list, "videos"), _column(images, len(text), _is_list, "images")]
-    return [_question(*row) for row in zip(text, *columns, strict=True)]
-
-
-def read_request(item: Any) -> Request:
-    """Turn one item of a list, generator or dataset into a request.
-
-    Raises:
-        ElvaError: The item is neither a chat nor a dictionary with `text`.
-    """
-    if isinstance(item, Request):
-        return item
-    if isinstance(item, Chat):
-        item = item.messages
-    if _is_chat(item):
-        return _chat(item)
-    if not isinstance(item, dict):
-        raise ElvaError(
-            f"cannot read a request from {_describe(item)}; expected a chat (a list of messages with 'role' and "
-            '\'content\') or {"video": ..., "text": ...}. For one video call pipe(video, "question").'
-        )
-    unknown = [str(key) for key in item if key not in REQUEST_KEYS]
-    if unknown:
-        raise ElvaError(f"a request has the keys {', '.join(REQUEST_KEYS)}; got also {', '.join(unknown)}.")
-    videos = [*_sources(item.get("video"), _never), *_sources(item.get("videos"), _is_video_list)]
-    images = [*_sources(item.get("image"), _never), *_sources(item.get("images"), _is_list)]
-    return _question(item.get("text"), videos, images)
-
-
-def _read_many(inputs: Any) -> Request | list[Request] | Iterator[Request] | Dataset:
-    if inputs is None:
-        raise ElvaError('nothing to answer; call pipe(video, "question"), or pass a chat.')
-    if _is_chat(inputs) or isinstance(inputs, (dict, Chat)):
-        return read_request(inputs)
-    if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
-        return inputs
-    if _is_list(inputs):
-        return [read_request(item) for item in inputs]
-    if isinstance(inputs, (str, bytes, os.PathLike, Tensor)) or hasattr(inputs, "__array__"):
-        raise ElvaError(f'{_describe(inputs)} without a question; call pipe(video, "What happens?").')
-    if isinstance(inputs, Iterable):
-        return _stream(iter(inputs))
-    return read_request(inputs)
-
-
-def _stream(items: Iterator[Any]) -> Request | Iterator[Request]:
-    """A generator of messages is one chat; of anything else, one request each, read when its turn comes."""
-    first = next(items, None)
-    if first is None:
-        return (item for item in ())
-    if is_valid_message(first):
-        return _chat([first, *items])
-    return (read_request(item) for part in ((first,), items) for item in part)
-
-
-def _chat(messages: Iterable[dict[str, Any]]) -> Request:
-    messages = list(messages)
-    content = messages[-1]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
-    texts = [str(part.get("text", "")) for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if not parts or (texts and not any(map(str.strip, texts))):
-        raise ElvaError(f"the last message (role {messages[-1]['role']!r}) has no text; write what you want to know.")
-    return Request(messages)
-
-
-def _question(text: Any, videos: Iterable[Any] = (), images: Iterable[Any] = ()) -> Request:
-    if not isinstance(text, str):
-        raise ElvaError(f"the question must be a string, got {_describe(text)}.")
-    if not text.strip():
-        raise ElvaError("the question is empty; write what you want to know about the video.")
-    content = [
-        *({"type": "video", "video": video} for video in videos),
-        *({"type": "image", "image": image} for image in images),
-        {"type": "text", "text": text},
-    ]
-    return Request([{"role": "user", "content": content}], question=text)
-
-
-def _no_visuals(chat: Any, videos: Any, images: Any) -> Any:
-    if videos is not None or images is not None:
-        raise PlaceholderError(
-            "a chat holds its videos and images itself: put {'type': 'video', 'video': ...} into a message's content "
-            "instead of passing videos= or images=."
-        )
-    return chat
-
-
-def _sources(value: Any, is_several: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if is_several(value) else [value]
-
-
-def _column(value: Any, length: int, is_several: Any, name: str) -> list[list[Any]]:
-    """One list of sources for each question: a single source serves all questions, several go one to one."""
-    if value is None or not is_several(value):
-        return [_sources(value, is_several)] * length
-    if len(value) != length:
-        raise ElvaError(f"{len(value)} {name} for {length} questions; give one for each question, or one for all.")
-    return [_sources(item, is_several) for item in value]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _never(value: Any) -> bool:
-    return False
-
-
-def _is_video_list(value: Any) -> bool:
-    """Whether a list holds videos; a list of images or of `(H, W, C)` arrays is one video, frame by frame."""
-    return _is_list(value) and bool(value) and not is_frame_list(value)
-
-
-def _is_chat(value: Any) -> bool:
-    return _is_list(value) and bool(value) and all(map(is_valid_message, value))
-
-
-def _describe(value: Any) -> str:
-    shown = repr(value) if isinstance(value, (str, os.PathLike, int, float, type(None))) else type(value).__name__
-    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _with_prompt(request: Request, answer: str) -> str | list[dict[str, Any]]:

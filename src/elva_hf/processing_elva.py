@@ -1,4 +1,4 @@
-"""Chat, text, videos and images -> model inputs: the chat template, and the tokens that stand for frames.
+"""Chat, text, videos and images -> model inputs: tokens that stand for frames, within what a sample may cost.
 
 The text holds one `<video>` or `<image>` per video or image. Each becomes the video's borders and, between them, its
 frames: `<FRAME>`, then rows of patch tokens, each closed by `<LINE>` (section 3.1).
@@ -7,9 +7,6 @@ frames: `<FRAME>`, then rows of patch tokens, each closed by `<LINE>` (section 3
 from __future__ import annotations
 
 import copy
-import difflib
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,46 +14,29 @@ from typing import Any
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import AddedToken
-from transformers.utils.chat_template_utils import mark_control_tokens
 from transformers.video_processing_utils import VideoProcessorMixin
 
+from .chat_elva import CHAT_TEMPLATE, TURN_TOKENS, check_continuation, check_conversation, take_media
 from .configuration_elva import SPECIAL_TOKENS, ElvaConfig
-from .errors_elva import ConfigurationError, ContextOverflowError, ElvaError, PlaceholderError
+from .errors_elva import ConfigurationError, ElvaError
+from .fitting_elva import Sample, choose_frames
 from .frames_elva import count_video_tokens
 from .ledger_elva import TokenPlan, plan_tokens
-from .video_processing_elva import ElvaVideoProcessor, SampledVideo, is_frame_list
+from .options_elva import meant
+from .placeholders_elva import (
+    PerSample,
+    Prompt,
+    VisualTokens,
+    check_not_empty,
+    check_texts,
+    distribute,
+    flatten,
+)
+from .prompts_elva import PromptTokenizer, count_mark_tokens
+from .sampled_elva import SampledVideo
+from .video_processing_elva import ElvaVideoProcessor
 
-TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
-
-CHAT_TEMPLATE = """\
-{%- macro write(content) -%}
-  {%- if content is string -%}{{ content }}
-  {%- else -%}
-    {%- for block in content -%}
-      {%- if block.type == 'video' -%}{{ '<video>' }}
-      {%- elif block.type == 'image' -%}{{ '<image>' }}
-      {%- elif block.type == 'text' -%}{{ block.text }}
-      {%- else -%}{{ raise_exception('content of type ' ~ block.type ~ ': expected text, video or image') }}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-  {{- '<|im_start|>' ~ message.role ~ '\\n' -}}
-  {%- if message.role == 'assistant' -%}
-    {%- generation -%}{{ write(message.content or '') }}{{ '<|im_end|>' }}{%- endgeneration -%}
-  {%- else -%}
-    {{- write(message.content or '') ~ '<|im_end|>' -}}
-  {%- endif -%}
-  {{- '\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}
-"""
-"""ChatML, as Qwen2 writes it, with no default system prompt; the end of an assistant's turn is part of the turn."""
-
-_MARK = mark_control_tokens("x", re.compile("x"))[0]  # stands before tokens that a person typed, when sanitising
 _TEXT_OPTIONS = frozenset(TextKwargs.__annotations__) - {"return_mm_token_type_ids", "return_tensors"}
-_MEDIA_KEYS = {"video": ("video", "url", "path"), "image": ("image", "url", "path")}
 
 
 @dataclass(frozen=True)
@@ -65,9 +45,11 @@ class TokenCount:
 
     Args:
         videos: Per video or image, in order: frames, grids, tokens.
+        num_mark_tokens: Tokens of the times written before frames.
     """
 
     videos: tuple[SampledVideo, ...]
+    num_mark_tokens: int = 0
 
     @property
     def num_frames(self) -> int:
@@ -81,12 +63,8 @@ class TokenCount:
 
     @property
     def num_tokens(self) -> int:
-        """Positions in the context: frames and borders."""
-        return sum(video.num_tokens for video in self.videos)
-
-
-class _PerSample(list):
-    """Media grouped by sample; a plain list may also mean one video."""
+        """Positions in the context: frames, borders and time marks."""
+        return sum(video.num_tokens for video in self.videos) + self.num_mark_tokens
 
 
 class ElvaProcessor(ProcessorMixin):
@@ -159,7 +137,8 @@ class ElvaProcessor(ProcessorMixin):
             videos: A video, a list of videos, or one list of videos per text. A list of single frames is one video.
             **kwargs: Options of the tokenizer (`padding`, `truncation`, ...), of the video processor (`num_frames`,
                 `longest_edge`, ...), either flat or as `text_kwargs` / `videos_kwargs`; `return_tensors`;
-                `return_metadata`. Several texts are padded when tensors are asked for.
+                `return_metadata`. Several texts are padded when tensors are asked for. Budgets hold for each text by
+                itself; truncation never cuts a video, and with `overflow="fit"` frames go before text is cut.
 
         Returns:
             `input_ids` and `attention_mask` `(B, N)`; `pixel_values_videos` `(num_patches, 3 * patch_size**2)`, in the
@@ -167,31 +146,28 @@ class ElvaProcessor(ProcessorMixin):
 
         Raises:
             PlaceholderError: Placeholders that do not match the videos and images.
-            ContextOverflowError: Truncation would cut a video.
+            ContextOverflowError: A sample beyond a budget, or truncation that would cut a video; found before anything
+                but the first frame of each video is decoded.
             VideoError: A video or image that cannot be used.
             ConfigurationError: An unknown option or value.
         """
         text_options, video_options, return_tensors = self._split_options(kwargs)
         if text is None:
             return self._process_media_alone(images, videos, video_options, return_tensors)
-        texts = _check_texts(text)
-        slots = [self._find_placeholders(sample) for sample in texts]
-        kinds = [[kind for kind, _ in sample] for sample in slots]
-        media = {
-            "video": self._distribute(videos, [sample.count("video") for sample in kinds], "video"),
-            "image": self._distribute(images, [sample.count("image") for sample in kinds], "image"),
-        }
-        _check_not_empty(texts, kinds)
-        order = [kind for sample in kinds for kind in sample]
-        queues = {kind: iter(items) for kind, items in media.items()}
-        sources = [next(queues[kind]) for kind in order]
+        timestamps = self.video_processor.resolve_options(**video_options).timestamps
+        budgets = self.video_processor.resolve_budgets(**video_options)
+        tokens = self.visual_tokens
+        prompts = [Prompt(sample, tokens.find(sample), tokens, timestamps) for sample in check_texts(text)]
+        media = list(distribute({"video": videos, "image": images}, prompts))
+        check_not_empty(prompts)
+        sources, is_image = [source for source, _ in media], [image for _, image in media]
+        encoder = PromptTokenizer(self.tokenizer, tokens, text_options)
         data: dict[str, Any] = {}
-        sampled: list[SampledVideo] = []
-        if sources:
-            is_image = [kind == "image" for kind in order]
-            pixels, sampled = self.video_processor.encode(sources, images=is_image, **video_options)
-            data["pixel_values_videos"] = pixels
-        data = {**self._tokenize(texts, slots, sampled, text_options, pad=return_tensors is not None), **data}
+        with self.video_processor.open(sources, images=is_image, **video_options) as opened:
+            sampled = encoder.plan(prompts, opened, budgets)
+            if opened:
+                data["pixel_values_videos"], sampled = self.video_processor.decode(opened, sampled)
+        data = {**encoder.tokenize(prompts, sampled, pad=return_tensors is not None), **data}
         if video_options.get("return_metadata"):
             data["video_metadata"] = sampled
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
@@ -200,15 +176,18 @@ class ElvaProcessor(ProcessorMixin):
         """Write a chat, or a list of chats, as text; with `tokenize=True, return_dict=True` as model inputs.
 
         Content is a string or a list of `{"type": "text", "text": ...}`, `{"type": "video", "video": ...}` and
-        `{"type": "image", "image": ...}`, in any order; `path` and `url` name a source as well. Options of the video
-        processor may stand beside the arguments of `ProcessorMixin.apply_chat_template`. For text that people typed,
-        pass `sanitize_control_tokens=True`: then a special token written in it stays text.
+        `{"type": "image", "image": ...}`, in any order; `path` and `url` name a source as well, and the options of a
+        `VideoClip` may stand beside it. Options of the video processor may stand beside the arguments of
+        `ProcessorMixin.apply_chat_template`. For text that people typed, pass `sanitize_control_tokens=True`: then a
+        special token written in it stays text, also one that several blocks of text spell together.
 
         Raises:
-            ElvaError: No messages, or nothing in them; and all that a call of the processor raises.
+            ElvaError: No messages, nothing in them, or messages of another form; and all that a call raises.
         """
-        if isinstance(conversation, (list, tuple)) and not conversation:
-            raise ElvaError("the chat has no messages; give at least one user message.")
+        join_texts = bool(kwargs.get("sanitize_control_tokens"))
+        conversation = check_conversation(conversation, join_texts=join_texts)
+        if kwargs.get("continue_final_message") is True:
+            check_continuation(conversation)
         visual = {
             name: kwargs.pop(name) for name in self.video_processor.valid_kwargs.__annotations__ if name in kwargs
         }
@@ -217,21 +196,19 @@ class ElvaProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def count_tokens(self, videos: Any = None, images: Any = None, **options: Any) -> TokenCount:
-        """Frames, their times, grids and tokens of videos and images, without decoding them.
+        """Frames, their times, grids and tokens of the videos and images of one sample, without decoding them.
 
         Args:
             videos: As in a call.
             images: As in a call.
-            **options: Those of the video processor.
+            **options: Those of the video processor. Budgets hold for all videos and images together, without text.
 
         Raises:
             VideoError: A video or image that cannot be used.
+            ContextOverflowError: They are beyond a budget.
             ConfigurationError: An unknown option or value.
         """
-        counts = [(item, False) for item in _flatten(videos, "video")] + [
-            (item, True) for item in _flatten(images, "image")
-        ]
-        return TokenCount(tuple(self.video_processor.sample(item, image=image, **options) for item, image in counts))
+        return self._count_tokens(videos, images, 0, options)
 
     def plan(
         self,
@@ -253,15 +230,17 @@ class ElvaProcessor(ProcessorMixin):
             images: Likewise.
             config: Of the model; without it only tokens are counted.
             merge_schedule: Instead of the configuration's own: a preset, steps, or a `MergeSchedule`.
-            text_tokens: Tokens of the text around them; borders are counted by themselves.
+            text_tokens: Tokens of the text around them; borders and time marks are counted by themselves.
             **options: Those of the video processor.
 
         Raises:
             VideoError: A video or image that cannot be used.
+            ContextOverflowError: They are beyond a budget.
             ConfigurationError: An unknown option or value, or a schedule that the model cannot have.
         """
-        counted = self.count_tokens(videos, images, **options)
-        return plan_tokens([video.grids for video in counted.videos], config, merge_schedule, text_tokens)
+        counted = self._count_tokens(videos, images, text_tokens, options)
+        grids = [video.grids for video in counted.videos]
+        return plan_tokens(grids, config, merge_schedule, text_tokens + counted.num_mark_tokens)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -276,10 +255,14 @@ class ElvaProcessor(ProcessorMixin):
             raise TypeError(f"video_processor is a {type(argument).__name__}; expected an ElvaVideoProcessor.")
         return VideoProcessorMixin
 
-    def expand_video(self, grids: Sequence[tuple[int, int]]) -> str:
-        """The text that stands for a video with frames of these `(rows, cols)`."""
-        frames = (self.frame_token + (self.video_token * cols + self.line_token) * rows for rows, cols in grids)
-        return self.video_start_token + "".join(frames) + self.video_end_token
+    @property
+    def visual_tokens(self) -> VisualTokens:
+        """The special tokens as they stand in a text."""
+        return VisualTokens(**{name.removesuffix("_token"): getattr(self, name) for name in SPECIAL_TOKENS})
+
+    def expand_video(self, grids: Sequence[tuple[int, int]], marks: Sequence[str] | None = None) -> str:
+        """The text that stands for a video with frames of these `(rows, cols)`, each after its time mark if any."""
+        return self.visual_tokens.expand(grids, marks)
 
     def _get_num_multimodal_tokens(
         self,
@@ -295,6 +278,10 @@ class ElvaProcessor(ProcessorMixin):
             counts["num_image_tokens"] = [count_video_tokens([grid]) for grid in grids]
             counts["num_image_patches"] = [rows * cols for rows, cols in grids]
         if video_sizes is not None:
+            if chosen.timestamps:
+                raise ConfigurationError(
+                    "with timestamps=True tokens depend on the times of a video, not on sizes alone."
+                )
             plans = [(chosen.sampling.plan(range(num_frames), None), size) for num_frames, *size in video_sizes]
             counts["num_video_tokens"] = [
                 count_video_tokens(chosen.grid(*size, high) for high in plan.high) for plan, size in plans
@@ -340,9 +327,9 @@ class ElvaProcessor(ProcessorMixin):
             elif name in _TEXT_OPTIONS or name == "return_tensors":
                 text[name] = value
             else:
-                close = difflib.get_close_matches(name, [*visual, *_TEXT_OPTIONS], n=1)
-                meant = f" did you mean {close[0]}?" if close else ""
-                raise ConfigurationError(f"{name!r} is no option of the processor;{meant or ' remove it.'}")
+                raise ConfigurationError(
+                    f"{name!r} is no option of the processor;{meant(name, [*visual, *_TEXT_OPTIONS])}"
+                )
         if (
             text.get("text_pair") is not None
             or text.get("is_split_into_words")
@@ -355,8 +342,8 @@ class ElvaProcessor(ProcessorMixin):
     def _process_media_alone(
         self, images: Any, videos: Any, options: dict[str, Any], return_tensors: str | None
     ) -> BatchFeature:
-        items = [(item, True) for item in _flatten(images, "image")] + [
-            (item, False) for item in _flatten(videos, "video")
+        items = [(item, True) for item in flatten(images, "image")] + [
+            (item, False) for item in flatten(videos, "video")
         ]
         if not items:
             raise ElvaError("nothing to process: give text, videos or images.")
@@ -368,194 +355,26 @@ class ElvaProcessor(ProcessorMixin):
             data["video_metadata"] = sampled
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
-    def _find_placeholders(self, text: str) -> list[tuple[str, tuple[int, int]]]:
-        """Kind and span of each placeholder in the text."""
-        tokens = {"video": self.video_token, "image": self.image_token}
-        pattern = "|".join(f"(?P<{kind}>(?<!{_MARK}){re.escape(token)})" for kind, token in tokens.items())
-        return [(match.lastgroup or "", match.span()) for match in re.finditer(pattern, text)]
+    def _count_tokens(self, videos: Any, images: Any, text_tokens: int, options: dict[str, Any]) -> TokenCount:
+        items = [(item, False) for item in flatten(videos, "video")] + [
+            (item, True) for item in flatten(images, "image")
+        ]
+        timestamps = self.video_processor.resolve_options(**options).timestamps
 
-    def _distribute(self, media: Any, counts: list[int], kind: str) -> list[Any]:
-        """Media of one kind in the order of placeholders, checked against the `counts` of each sample."""
-        token = getattr(self, f"{kind}_token")
-        groups = _group(media, kind)
-        if groups is None:
-            items = _flatten(media, kind)
-            if len(items) == sum(counts):
-                return items
-            if len(counts) > 1:
-                raise PlaceholderError(
-                    f"the {len(counts)} texts hold {counts} {token} placeholders, {sum(counts)} in all, but "
-                    f"{len(items)} {kind}s were given. Write one {token} for each {kind}, or give one list of {kind}s "
-                    "per text."
-                )
-            groups = [items]
-        if len(groups) != len(counts):
-            raise PlaceholderError(
-                f"{kind}s are given for {len(groups)} texts, but there are {len(counts)}; give one list per text."
-            )
-        for sample, (group, count) in enumerate(zip(groups, counts, strict=True)):
-            if len(group) != count:
-                fix = f"Remove a {token}" if count > len(group) else f"Write a {token} where each {kind} belongs"
-                raise PlaceholderError(
-                    f"sample {sample}: the text holds {count} {token} placeholders, but {len(group)} {kind}s were "
-                    f"given. {fix}, give as many {kind}s, or use apply_chat_template, which writes the placeholders."
-                )
-        return [item for group in groups for item in group]
+        def count_marks(chosen: Sequence[SampledVideo]) -> int:
+            return count_mark_tokens(self.tokenizer, chosen) if timestamps else 0
 
-    def _tokenize(
-        self,
-        texts: list[str],
-        slots: list[list[tuple[str, tuple[int, int]]]],
-        sampled: list[SampledVideo],
-        options: dict[str, Any],
-        *,
-        pad: bool,
-    ) -> dict[str, Any]:
-        """Put the frames of each video in the place of its placeholder, tokenise, and check that nothing was lost."""
-        offsets_wanted = options.pop("return_text_replacement_offsets", False)
-        options = {"padding": pad and len(texts) > 1, "return_token_type_ids": False, **options}
-        videos = iter(sampled)
-        expanded, offsets, expected = [], [], []
-        for text, sample in zip(texts, slots, strict=True):
-            own = [next(videos) for _ in sample]
-            replaced, moved = self._replace(text, sample, own)
-            expanded.append(replaced)
-            offsets.append(moved)
-            expected.append(self._expected_tokens(own))
-        encoded = self.tokenizer(expanded, **options)
-        for row, (ids, wanted) in enumerate(zip(encoded["input_ids"], expected, strict=True)):
-            if self._special_tokens(ids) != wanted:
-                self._raise_mismatch(row, expanded[row], ids, wanted, options)
-        data = dict(encoded)
-        if offsets_wanted:
-            data["text_replacement_offsets"] = offsets
-        return data
+        def count(chosen: Sequence[SampledVideo]) -> int:
+            return text_tokens + sum(video.num_tokens for video in chosen) + count_marks(chosen)
 
-    def _replace(
-        self, text: str, slots: list[tuple[str, tuple[int, int]]], videos: list[SampledVideo]
-    ) -> tuple[str, list[dict[str, Any]]]:
-        """Expanded text, and where each placeholder went, as `ProcessorMixin` wants it for assistant masks."""
-        parts, moved, last, length = [], [], 0, 0
-        for (kind, (start, end)), video in zip(slots, videos, strict=True):
-            replacement = self.expand_video(video.grids)
-            parts += [text[last:start], replacement]
-            new_start = length + start - last
-            length, last = new_start + len(replacement), end
-            moved.append(
-                {
-                    "type": kind,
-                    "span": (start, end),
-                    "new_span": (new_start, length),
-                    "text": text[start:end],
-                    "replacement": replacement,
-                }
-            )
-        return "".join([*parts, text[last:]]), moved
-
-    def _expected_tokens(self, videos: list[SampledVideo]) -> Counter[str]:
-        expected: Counter[str] = Counter()
-        for video in videos:
-            expected[self.video_start_token] += 1
-            expected[self.video_end_token] += 1
-            expected[self.frame_token] += video.num_frames
-            expected[self.line_token] += sum(rows for rows, _ in video.grids)
-            expected[self.video_token] += video.num_patches
-        return expected
-
-    def _special_tokens(self, ids: list[int]) -> Counter[str]:
-        names = {getattr(self, f"{name}_id"): getattr(self, name) for name in SPECIAL_TOKENS}
-        return Counter(names[token] for token in ids if token in names)
-
-    def _raise_mismatch(
-        self, row: int, text: str, ids: list[int], expected: Counter[str], options: dict[str, Any]
-    ) -> None:
-        cut = {"padding", "truncation", "max_length", "stride", "pad_to_multiple_of"}
-        whole = self.tokenizer([text], **{name: value for name, value in options.items() if name not in cut})
-        found = self._special_tokens(whole["input_ids"][0])
-        if found == expected:
-            raise ContextOverflowError(
-                f"sample {row} needs {len(whole['input_ids'][0])} tokens, {expected.total()} of them visual, and "
-                f"truncation to {len(ids)} would cut a video. Raise max_length, or use fewer frames (num_frames) or "
-                "smaller ones (longest_edge)."
-            )
-        typed = {token: found[token] - expected[token] for token in found if found[token] != expected[token]}
-        raise PlaceholderError(
-            f"sample {row}: the text itself holds special tokens of the processor ({typed}). Borders, <FRAME> and "
-            "<LINE> are written by the processor only: remove them, or use apply_chat_template(..., "
-            "sanitize_control_tokens=True) for text that people typed."
-        )
+        sources, is_image = [item for item, _ in items], [image for _, image in items]
+        with self.video_processor.open(sources, images=is_image, **options) as opened:
+            chosen = choose_frames(Sample(opened, count, count), self.video_processor.resolve_budgets(**options))
+        return TokenCount(tuple(chosen), count_marks(chosen))
 
     def _multimodal_inputs_from_conversations(
         self, conversations: list[list[dict[str, Any]]], *args: Any, **kwargs: Any
     ) -> tuple[list, list, list, dict]:
         """Take videos and images out of chats, in order, and leave their placeholders to the template."""
-        batch = {"image": _PerSample(), "video": _PerSample()}
-        for number, conversation in enumerate(conversations):
-            found: dict[str, list] = {"image": [], "video": []}
-            has_text = False
-            for message in conversation:
-                content = message.get("content") or []
-                blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
-                for block in blocks:
-                    has_text = has_text or bool(str(block.get("text") or "").strip())
-                    if block.get("type") in found:
-                        found[block["type"]].extend(_media_of(block))
-                if not isinstance(content, str):
-                    message["content"] = [_without_media(block) for block in content]
-            if not has_text and not any(found.values()):
-                raise ElvaError(f"chat {number} is empty: no text, no video, no image; ask something.")
-            for kind, items in found.items():
-                batch[kind].append(items)
-        return batch["image"], batch["video"], [], {}
-
-
-def _check_texts(text: Any) -> list[str]:
-    texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else None
-    if not texts or not all(isinstance(sample, str) for sample in texts):
-        raise ElvaError(f"text is {type(text).__name__} of {text!r:.60}; expected a str or a list of at least one str.")
-    return texts
-
-
-def _check_not_empty(texts: list[str], kinds: list[list[str]]) -> None:
-    for sample, (text, found) in enumerate(zip(texts, kinds, strict=True)):
-        if not found and not text.strip():
-            raise ElvaError(f"sample {sample} is empty: no text and no video; ask something.")
-
-
-def _group(media: Any, kind: str) -> list[list[Any]] | None:
-    """Media as one list per sample, or None if they are not grouped."""
-    if isinstance(media, _PerSample):
-        return list(media)
-    if not isinstance(media, (list, tuple)) or not media:
-        return None
-    inner = [
-        item for item in media if isinstance(item, (list, tuple)) and not (kind == "video" and is_frame_list(item))
-    ]
-    if not inner:
-        return None
-    return [list(item) if isinstance(item, (list, tuple)) else [item] for item in media]
-
-
-def _flatten(media: Any, kind: str) -> list[Any]:
-    """Media as one list."""
-    if media is None:
-        return []
-    groups = _group(media, kind)
-    if groups is not None:
-        return [item for group in groups for item in group]
-    if not isinstance(media, (list, tuple)):
-        return [media]
-    return [media] if kind == "video" and is_frame_list(media) else list(media)
-
-
-def _media_of(block: dict[str, Any]) -> list[Any]:
-    """The source in a block of content; none if it is given elsewhere."""
-    kind = block["type"]
-    found = [key for key in _MEDIA_KEYS[kind] if block.get(key) is not None]
-    if len(found) > 1:
-        raise PlaceholderError(f"a {kind} block has several sources, {', '.join(found)}; give one.")
-    return [block[key] for key in found]
-
-
-def _without_media(block: dict[str, Any]) -> dict[str, Any]:
-    return {"type": block["type"]} if block.get("type") in _MEDIA_KEYS else block
+        media = take_media(conversations)
+        return PerSample(media["image"]), PerSample(media["video"]), [], {}

@@ -2,96 +2,55 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import logging
 from transformers.video_processing_utils import VideoProcessorMixin
 
-from .decoding_elva import VideoInfo, VideoSource, array_fps, probe, read_video
+from .arrays_elva import array_fps
+from .decoding_elva import open_reader
 from .errors_elva import ConfigurationError, VideoError
-from .frames_elva import FramePlan, FrameSampling, Grid, check_edge, count_frame_tokens, count_video_tokens, fit_grid
+from .fitting_elva import Sample, choose_frames
+from .frames_elva import FrameSampling
+from .options_elva import (
+    SAMPLING_FIELDS,
+    WINDOW_FIELDS,
+    Budgets,
+    ElvaVideosKwargs,
+    FrameOptions,
+    VideoClip,
+    given_options,
+    merge_sampling,
+    read_budgets,
+    read_decoding,
+    refuse_fields,
+)
+from .sampled_elva import OpenVideo, SampledVideo
+from .source_elva import VideoSource
 
 logger = logging.get_logger(__name__)
 
-HYBRID_FIELDS = ("num_high_res_frames", "num_low_res_frames")
-SAMPLING_FIELDS = (*HYBRID_FIELDS, "num_frames", "fps")
 DEFAULT_FRAMES = {"num_high_res_frames": 32, "num_low_res_frames": 32}  # section 4.1
+COUNT_FIELDS = tuple(name for name in SAMPLING_FIELDS if name != "frame_times")
+"""Ways to say how many frames that a processor keeps; times belong to one video."""
 
-
-class ElvaVideosKwargs(TypedDict, total=False):
-    """Options of the video processor, at construction and at each call."""
-
-    patch_size: int | None
-    longest_edge: int | None
-    low_res_longest_edge: int | None
-    num_high_res_frames: int | None
-    num_low_res_frames: int | None
-    num_frames: int | None
-    fps: float | None
-    image_mean: float | list[float] | tuple[float, ...] | None
-    image_std: float | list[float] | tuple[float, ...] | None
-    do_sample_frames: bool | None
-    video_metadata: Any
-    return_metadata: bool | None
-
-
-CALL_ONLY = frozenset({"do_sample_frames", "video_metadata", "return_metadata"})
-
-
-@dataclass(frozen=True)
-class SampledVideo:
-    """What the model gets of a video or image: which frames, when, and how many tokens each.
-
-    Args:
-        info: The source.
-        indices: Frame numbers in the source.
-        times: Seconds from the first frame, true presentation times; None where unknown.
-        high: Per frame, True for high resolution.
-        grids: Per frame, rows and columns of patches.
-        num_asked: Frames asked for; more than `len(indices)` where the source has fewer.
-    """
-
-    info: VideoInfo
-    indices: tuple[int, ...]
-    times: tuple[float, ...] | None
-    high: tuple[bool, ...]
-    grids: tuple[Grid, ...]
-    num_asked: int
-
-    @property
-    def num_frames(self) -> int:
-        """Frames used."""
-        return len(self.indices)
-
-    @property
-    def tokens_per_frame(self) -> tuple[int, ...]:
-        """Tokens of each frame, with `<FRAME>` and `<LINE>`."""
-        return tuple(count_frame_tokens(grid) for grid in self.grids)
-
-    @property
-    def num_visual_tokens(self) -> int:
-        """Tokens of all frames, without the two borders: the count of Table 6."""
-        return count_video_tokens(self.grids, borders=False)
-
-    @property
-    def num_tokens(self) -> int:
-        """Positions the video takes in the context: frames and the two borders."""
-        return count_video_tokens(self.grids)
-
-    @property
-    def num_patches(self) -> int:
-        """Rows of `pixel_values_videos`."""
-        return sum(rows * cols for rows, cols in self.grids)
+_SERVICE_FIELDS = frozenset({"video_processor_type", "processor_class", "auto_map"})  # written by transformers
 
 
 class ElvaVideoProcessor(VideoProcessorMixin):
     """Turns videos and images into patches. Needs neither torchvision nor torchcodec.
+
+    Each call takes these options too, and: `frame_times`, `video_start`, `video_end` (as in `VideoClip`);
+    `max_memory` (bytes of the patches of a sample, also `"512MB"`) and `context_length` (all tokens of a sample);
+    `limits` (`DecodingLimits`), `allow_urls` (True or a `UrlPolicy`), `isolate` (decode in a process of its own that
+    can open nothing), `threads` (of a decoder) and `on_damage` (`"warn"` leaves out up to a tenth of the frames,
+    `"raise"` fails). Those are never saved, and never taken from a checkpoint.
 
     Args:
         patch_size: Side of a patch in pixels.
@@ -101,6 +60,11 @@ class ElvaVideoProcessor(VideoProcessorMixin):
         num_low_res_frames: Low-resolution frames of a video (likewise 32).
         num_frames: Frames of a video, all at high resolution; excludes the pair above and `fps`.
         fps: Frames per second of a video, all at high resolution; excludes the pair above and `num_frames`.
+        high_res_selection: Which frames are the high ones: `"uniform"` in time, or `"scenes"`, one for each scene.
+        timestamps: Whether a processor writes the time of each frame before it, as text.
+        max_visual_tokens: Most tokens of all frames of a sample, `<FRAME>` and `<LINE>` included; None for no limit.
+        overflow: What happens to a sample beyond a budget: `"error"` refuses it, `"fit"` takes fewer frames of it, and
+            fewer of them at high resolution (`budget_elva` has the rule).
         image_mean: Mean of pixel values in [0, 1], one or one per channel.
         image_std: Standard deviation likewise.
     """
@@ -117,38 +81,49 @@ class ElvaVideoProcessor(VideoProcessorMixin):
         num_low_res_frames: int | None = None,
         num_frames: int | None = None,
         fps: float | None = None,
+        high_res_selection: str = "uniform",
+        timestamps: bool = False,
+        max_visual_tokens: int | None = None,
+        overflow: str = "error",
         image_mean: float | Sequence[float] = 0.5,
         image_std: float | Sequence[float] = 0.5,
         **kwargs: Any,
     ):
-        kwargs = {name: value for name, value in kwargs.items() if name not in _SERVICE_FIELDS}
-        _refuse_unknown(kwargs, ())
+        refuse_fields(name for name in kwargs if name not in _SERVICE_FIELDS)
         super().__init__()
         self.patch_size = patch_size
         self.longest_edge = longest_edge
         self.low_res_longest_edge = low_res_longest_edge
-        sampling = {
+        counts = {
             "num_high_res_frames": num_high_res_frames,
             "num_low_res_frames": num_low_res_frames,
             "num_frames": num_frames,
             "fps": fps,
         }
-        self._set_sampling(_merge_sampling(DEFAULT_FRAMES, sampling))
+        counts = merge_sampling(DEFAULT_FRAMES, counts)
+        for name in COUNT_FIELDS:
+            setattr(self, name, counts[name])
+        self.high_res_selection = high_res_selection
+        self.timestamps = timestamps
+        self.max_visual_tokens = max_visual_tokens
+        self.overflow = overflow
         self.image_mean = _three(image_mean, "image_mean")
         self.image_std = _three(image_std, "image_std")
         self.resolve_options()
+        self.resolve_budgets()
 
     @classmethod
     def from_dict(cls, video_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build from saved fields; `kwargs` override them, and one way to count frames replaces another."""
-        chosen = {name: kwargs[name] for name in SAMPLING_FIELDS if kwargs.get(name) is not None}
+        chosen = {name: kwargs[name] for name in COUNT_FIELDS if kwargs.get(name) is not None}
         if chosen:
-            video_processor_dict = {**video_processor_dict, **_merge_sampling(video_processor_dict, chosen)}
-            kwargs = {name: value for name, value in kwargs.items() if name not in SAMPLING_FIELDS}
+            merged = merge_sampling(video_processor_dict, chosen)
+            video_processor_dict = {**video_processor_dict, **{name: merged[name] for name in COUNT_FIELDS}}
+            kwargs = {name: value for name, value in kwargs.items() if name not in COUNT_FIELDS}
         return super().from_dict(video_processor_dict, **kwargs)
 
     def preprocess(self, videos: Any, return_tensors: str | None = None, **options: Any) -> BatchFeature:
-        """Decode, resize, normalise and cut into patches.
+        """Decode, resize, normalise and cut into patches; budgets hold for each video by itself.
 
         Args:
             videos: A video or a list of videos; see `split_videos` for what a list means.
@@ -162,6 +137,7 @@ class ElvaVideoProcessor(VideoProcessorMixin):
 
         Raises:
             VideoError: A video that cannot be used.
+            ContextOverflowError: A video beyond a budget.
             ConfigurationError: Options that no video can have.
         """
         if return_tensors not in (None, "pt", "np"):
@@ -178,115 +154,115 @@ class ElvaVideoProcessor(VideoProcessorMixin):
     def encode(
         self, sources: Sequence[VideoSource], *, images: Sequence[bool] | None = None, **options: Any
     ) -> tuple[Tensor, list[SampledVideo]]:
-        """Patches of many sources, flat, and what was taken of each.
+        """Patches of many sources, flat, and what was taken of each; budgets hold for each source by itself.
 
         Args:
-            sources: Videos and images.
+            sources: Videos and images, each of them alone or in a `VideoClip`.
             images: Per source, True where it must be a still image.
             **options: `ElvaVideosKwargs`.
         """
-        chosen = self.resolve_options(**options)
-        rates = _source_rates(options.get("video_metadata"), len(sources))
-        patches, sampled = [], []
-        for source, image, fps in zip(sources, images or [False] * len(sources), rates, strict=True):
-            decoded = read_video(source, lambda info, image=image: chosen.plan(info, image), chosen.frame_size, fps=fps)
-            grids = tuple(
-                Grid(frame.shape[1] // chosen.patch_size, frame.shape[2] // chosen.patch_size)
-                for frame in decoded.frames
-            )
-            video = SampledVideo(decoded.info, decoded.indices, decoded.times, decoded.high, grids, decoded.num_asked)
-            _warn_if_short(video)
-            patches.extend(patchify(frame, chosen.patch_size) for frame in decoded.frames)
-            sampled.append(video)
-        return normalize(torch.cat(patches), chosen.image_mean, chosen.image_std), sampled
+        budgets = self.resolve_budgets(**options)
+        with self.open(sources, images=images, **options) as videos:
+            return self.decode(videos, [choose_frames(_alone(video), budgets)[0] for video in videos])
 
     def sample(self, source: VideoSource, *, image: bool = False, **options: Any) -> SampledVideo:
         """What `encode` would take of a source, from its index alone: nothing but the first frame is decoded.
 
         Raises:
             VideoError: A source that cannot be used.
+            ContextOverflowError: It is beyond a budget.
             ConfigurationError: Options that no video can have.
         """
+        with self.open([source], images=[image], **options) as (video,):
+            return choose_frames(_alone(video), self.resolve_budgets(**options))[0]
+
+    @contextmanager
+    def open(
+        self, sources: Sequence[VideoSource], *, images: Sequence[bool] | None = None, **options: Any
+    ) -> Iterator[list[OpenVideo]]:
+        """Look at sources, and keep them open for `decode`.
+
+        Args:
+            sources: As in `encode`.
+            images: Likewise.
+            **options: Likewise.
+        """
         chosen = self.resolve_options(**options)
-        info = probe(source, fps=_source_rates(options.get("video_metadata"), 1)[0])
-        plan = chosen.plan(info, image)
-        known = info.duration is not None or info.is_image
-        times = tuple(info.times[index] for index in plan.indices) if known else None
-        grids = tuple(chosen.grid(info.height, info.width, high) for high in plan.high)
-        return SampledVideo(info, plan.indices, times, plan.high, grids, plan.num_asked)
+        decoding = read_decoding(given_options(options))
+        rates = _source_rates(options.get("video_metadata"), len(sources))
+        with ExitStack() as stack:
+            videos = []
+            for source, image, fps in zip(sources, images or [False] * len(sources), rates, strict=True):
+                clip = source if isinstance(source, VideoClip) else VideoClip(source)
+                video = OpenVideo(
+                    reader=stack.enter_context(open_reader(clip.source, fps=fps, options=decoding)),
+                    options=chosen.changed(clip.options),
+                    image=image,
+                    on_damage=decoding.on_damage,
+                    counts_itself=any(name in clip.options for name in SAMPLING_FIELDS),
+                )
+                videos.append(video)
+            yield videos
+
+    def decode(self, videos: Sequence[OpenVideo], planned: Sequence[SampledVideo]) -> tuple[Tensor, list[SampledVideo]]:
+        """Decode what was planned of each video, one after another.
+
+        Args:
+            videos: From `open`.
+            planned: Per video what to take of it.
+
+        Returns:
+            `(num_patches, 3 * patch_size**2)` float32, and what was taken: less than planned where frames are damaged.
+
+        Raises:
+            VideoError: A video of which too much is damaged.
+        """
+        patch_size = videos[0].options.patch_size if videos else self.patch_size
+        patches = torch.empty(sum(video.num_patches for video in planned), 3 * patch_size**2)
+        values = patches.numpy()
+        taken, filled = [], 0
+        for video, plan in zip(videos, planned, strict=True):
+            sampled, frames = video.read(plan)
+            for frame, (rows, cols) in zip(frames, sampled.grids, strict=True):
+                out = values[filled : filled + rows * cols]
+                write_patches(frame.numpy(), patch_size, video.options.image_mean, video.options.image_std, out)
+                filled += rows * cols
+            _report(video, plan, sampled)
+            taken.append(sampled)
+        return patches if filled == len(patches) else patches[:filled].clone(), taken
 
     def resolve_options(self, **options: Any) -> FrameOptions:
-        """Options of a call, with the processor's own fields for those not given; checked.
+        """Which frames a call takes, with the processor's own fields for options not given; checked.
 
         Raises:
             ConfigurationError: An unknown name, or a value that no video can have.
         """
-        given = {name: value for name, value in options.items() if value is not None}
-        _refuse_unknown(given, self.valid_kwargs.__annotations__)
-        own = {name: getattr(self, name) for name in SAMPLING_FIELDS}
-        sampling = FrameSampling(**_merge_sampling(own, given))
+        given = given_options(options)
+        window = {name: given.get(name) for name in WINDOW_FIELDS}
+        own = {name: getattr(self, name, None) for name in SAMPLING_FIELDS}
+        counts = merge_sampling(own, given)
         if given.get("do_sample_frames") is False:
             if any(name in given for name in SAMPLING_FIELDS):
                 raise ConfigurationError("do_sample_frames=False takes every frame; give no number of frames with it.")
-            sampling = FrameSampling()
+            counts = {}
         return FrameOptions(
             patch_size=given.get("patch_size", self.patch_size),
             longest_edge=given.get("longest_edge", self.longest_edge),
             low_res_longest_edge=given.get("low_res_longest_edge", self.low_res_longest_edge),
-            sampling=sampling,
+            sampling=FrameSampling(**counts, **window),
+            high_res_selection=given.get("high_res_selection", self.high_res_selection),
+            timestamps=given.get("timestamps", self.timestamps),
             image_mean=tuple(_three(given.get("image_mean", self.image_mean), "image_mean")),
             image_std=tuple(_three(given.get("image_std", self.image_std), "image_std")),
         )
 
-    def _set_sampling(self, sampling: dict[str, Any]) -> None:
-        for name in SAMPLING_FIELDS:
-            setattr(self, name, sampling[name])
+    def resolve_budgets(self, **options: Any) -> Budgets:
+        """What a sample of a call may cost, likewise.
 
-
-@dataclass(frozen=True)
-class FrameOptions:
-    """The options of one call, complete and checked; fields as in `ElvaVideoProcessor`."""
-
-    patch_size: int
-    longest_edge: int
-    low_res_longest_edge: int
-    sampling: FrameSampling
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for name in ("patch_size", "longest_edge", "low_res_longest_edge"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigurationError(f"{name} is {value!r}; it must be a whole number of pixels, 1 or more.")
-        check_edge(self.longest_edge, self.patch_size)
-        if self.sampling.num_low:
-            check_edge(self.low_res_longest_edge, self.patch_size, name="low_res_longest_edge")
-        if min(self.image_std) <= 0:
-            raise ConfigurationError(f"image_std is {self.image_std}; every value must be above 0.")
-
-    def plan(self, info: VideoInfo, image: bool = False) -> FramePlan:
-        """Choose frames of a source; a still image is one high-resolution frame."""
-        if info.is_image:
-            return FramePlan((0,), (True,), 1)
-        if image:
-            raise VideoError(
-                f"{info.source} holds {info.num_frames} frames, but was given as an image.",
-                hint="Give it as a video.",
-                reason="not_an_image",
-                source=info.source,
-            )
-        return self.sampling.plan(info.times, info.duration)
-
-    def grid(self, height: int, width: int, high: bool) -> Grid:
-        """Patch grid of a frame by its role."""
-        edge = self.longest_edge if high else min(self.low_res_longest_edge, self.longest_edge)
-        return fit_grid(height, width, patch_size=self.patch_size, longest_edge=edge)
-
-    def frame_size(self, height: int, width: int, high: bool) -> tuple[int, int]:
-        """Pixels `(height, width)` a frame is resized to."""
-        rows, cols = self.grid(height, width, high)
-        return rows * self.patch_size, cols * self.patch_size
+        Raises:
+            ConfigurationError: An unknown name, or a value that is no budget.
+        """
+        return read_budgets(given_options(options), vars(self))
 
 
 def patchify(frame: Tensor, patch_size: int) -> Tensor:
@@ -315,8 +291,31 @@ def normalize(patches: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
     Returns:
         `(N, 3 * P * P)` float32.
     """
-    values = patches.float().view(len(patches), len(mean), -1).div_(255)
-    return values.sub_(torch.tensor(mean)[:, None]).div_(torch.tensor(std)[:, None]).flatten(1)
+    channels = patches.float().view(len(patches), len(mean), -1).div_(255)
+    return channels.sub_(torch.tensor(mean)[:, None]).div_(torch.tensor(std)[:, None]).flatten(1)
+
+
+def write_patches(
+    frame: np.ndarray, patch_size: int, mean: Sequence[float], std: Sequence[float], out: np.ndarray
+) -> None:
+    """`normalize(patchify(frame))` into memory that is there; numpy, for torch would wake its threads for each frame.
+
+    Args:
+        frame: `(3, H, W)` uint8, sides multiples of `patch_size`.
+        patch_size: Side of a patch in pixels.
+        mean: Per channel, of values in [0, 1].
+        std: Per channel, likewise.
+        out: `(N, 3 * patch_size**2)` float32, written.
+    """
+    channels, height, width = frame.shape
+    rows, cols = height // patch_size, width // patch_size
+    values = out.reshape(rows, cols, channels, patch_size, patch_size)
+    np.copyto(
+        values, frame.reshape(channels, rows, patch_size, cols, patch_size).transpose(1, 3, 0, 2, 4), casting="safe"
+    )
+    values /= 255
+    values -= np.asarray(mean, np.float32)[:, None, None]
+    values /= np.asarray(std, np.float32)[:, None, None]
 
 
 def split_videos(videos: Any) -> list[VideoSource]:
@@ -342,27 +341,6 @@ def _is_frame(value: Any) -> bool:
     return getattr(value, "ndim", None) == 3 or (hasattr(value, "getbands") and hasattr(value, "convert"))
 
 
-_SERVICE_FIELDS = frozenset({"video_processor_type", "processor_class", "auto_map"})  # written by transformers
-
-
-def _merge_sampling(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """All four sampling fields: what is given replaces any other way to count frames."""
-    given = {name: given[name] for name in SAMPLING_FIELDS if given.get(name) is not None}
-    pair = not given or any(name in given for name in HYBRID_FIELDS)
-    kept = {name: base.get(name) for name in (SAMPLING_FIELDS if not given else HYBRID_FIELDS if pair else ())}
-    return {**dict.fromkeys(SAMPLING_FIELDS), **kept, **given}
-
-
-def _refuse_unknown(options: dict[str, Any], known: Any) -> None:
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, [*ElvaVideosKwargs.__annotations__], n=1)
-            meant = (
-                f" did you mean {close[0]}?" if close else f" known are {', '.join(ElvaVideosKwargs.__annotations__)}."
-            )
-            raise ConfigurationError(f"{name!r} is no option of the video processor;{meant}")
-
-
 def _three(value: float | Sequence[float], name: str) -> list[float]:
     values = [float(value)] * 3 if isinstance(value, (int, float)) else [float(item) for item in value]
     if len(values) != 3:
@@ -380,9 +358,31 @@ def _source_rates(metadata: Any, count: int) -> list[float | None]:
     return [array_fps(item) for item in items]
 
 
-def _warn_if_short(video: SampledVideo) -> None:
-    if video.num_frames < video.num_asked:
+def _alone(video: OpenVideo) -> Sample:
+    """A video without a text: its tokens are its frames and borders."""
+
+    def count(sampled: Sequence[SampledVideo]) -> int:
+        return sum(video.num_tokens for video in sampled)
+
+    return Sample([video], count, count)
+
+
+def _report(video: OpenVideo, planned: SampledVideo, taken: SampledVideo) -> None:
+    """Warn of what a source did not give, or not whole."""
+    source, damage = taken.info.source, taken.damage
+    asked = video.sample()
+    if planned.num_frames == asked.num_frames < asked.num_asked:
         logger.warning_once(
-            f"{video.info.source} gave {video.num_frames} of {video.num_asked} frames asked for "
-            f"(it holds {video.info.num_frames}); none is repeated."
+            f"{source} gave {asked.num_frames} of {asked.num_asked} frames asked for "
+            f"(it holds {taken.info.num_frames}); none is repeated."
         )
+    if taken.missing:
+        listed = ", ".join(map(str, taken.missing[:10])) + ", ..." * (len(taken.missing) > 10)
+        logger.warning_once(f"{source}: {len(taken.missing)} frames cannot be decoded and are left out: {listed}.")
+    if damage.num_bad_packets or damage.num_corrupt_frames:
+        logger.warning_once(
+            f"{source} is damaged: the decoder refused {damage.num_bad_packets} packets and concealed errors in "
+            f"{damage.num_corrupt_frames} frames."
+        )
+    for note in damage.notes:
+        logger.warning_once(f"{source}: {note}.")

@@ -16,11 +16,16 @@ from transformers import pipeline as build_pipeline
 from typer.main import get_command
 
 import elva_hf
+from elva_hf import sampled_elva, video_processing_elva
 from elva_hf.cli import app
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS
 
-FRAME_OPTIONS = {"--frames", "--high", "--low", "--fps", "--longest-edge", "--low-res-longest-edge"}
+FRAME_OPTIONS = {
+    *("--frames", "--high", "--low", "--fps", "--at", "--start", "--end", "--scenes", "--timestamps"),
+    *("--longest-edge", "--low-res-longest-edge", "--max-visual-tokens", "--max-memory", "--fit"),
+    *("--allow-urls", "--isolate"),
+}
 OPTIONS = {
     "ask": {"--model", "--max-new-tokens", "--merge-schedule", "--device", "--stream", *FRAME_OPTIONS},
     "plan": {"--model", "--preset", "--merge-schedule", "--json", *FRAME_OPTIONS},
@@ -244,3 +249,151 @@ def test_eval_prints_the_table_and_writes_the_scores(folder, tmp_path):
 def test_eval_knows_its_benchmarks(folder):
     result = run("eval", "mmmu", "--model", folder)
     assert result.exit_code == 2 and "toy-world" in result.stderr
+
+
+def test_frame_options_mean_what_the_processor_calls_them(folder, clip):
+    processor = AutoProcessor.from_pretrained(folder)
+    pairs = {
+        ("--at", "0.1,0.7", "--at", "0.3"): {"frame_times": (0.1, 0.7, 0.3)},
+        ("--start", 0.25, "--end", 0.75): {"video_start": 0.25, "video_end": 0.75},
+        ("--high", 2, "--low", 4, "--scenes"): {
+            "num_high_res_frames": 2,
+            "num_low_res_frames": 4,
+            "high_res_selection": "scenes",
+        },
+        ("--max-visual-tokens", 100, "--fit"): {"max_visual_tokens": 100, "overflow": "fit"},
+        ("--max-memory", "200KB", "--fit"): {"max_memory": "200KB", "overflow": "fit"},
+        ("--timestamps",): {"timestamps": True},
+        ("--isolate",): {"isolate": True},
+    }
+    for options, meant in pairs.items():
+        prompt = [
+            {"role": "user", "content": [{"type": "video", "path": str(clip)}, {"type": "text", "text": QUESTION}]}
+        ]
+        how = {"tokenize": True, "return_dict": True, "add_generation_prompt": True, "return_metadata": True}
+        inputs = processor.apply_chat_template(prompt, **how, **meant)
+        (video,), length = inputs["video_metadata"], len(inputs["input_ids"][0])
+        asked = succeeds("ask", clip, QUESTION, "--model", folder, "--max-new-tokens", 1, "--device", "cpu", *options)
+        assert f"tokens    {video.num_visual_tokens} visual, {length} in the prompt, 1 in the answer" in asked, options
+        planned = json.loads(succeeds("plan", clip, "--model", folder, "--json", *options))
+        assert [frame["index"] for frame in planned["frames"]] == list(video.indices)
+        assert [frame["time"] for frame in planned["frames"]] == list(video.times)
+        shown = [frame["resolution"] == "high" for frame in planned["frames"]]
+        assert shown == list(video.high) or "--scenes" in options  # scenes are chosen when frames are decoded
+        assert planned["num_mark_tokens"] == (4 * 8 if "--timestamps" in options else 0)
+
+
+def test_plan_shows_what_fit_would_take_and_fit_takes_it(folder, clip):
+    short = ("plan", clip, "--model", folder, "--max-visual-tokens", 100)
+    text = succeeds(*short)
+    assert rows(text, "frames") == ["8, 8 high and 0 low"]
+    assert rows(text, "budget") == ["the video gives 168 visual tokens, max_visual_tokens is 100"]
+    assert rows(text, "fit") == ["3 high and 5 low frames, 98 tokens: add --fit"]
+    fitted = succeeds(*short, "--fit")
+    assert rows(fitted, "frames") == ["8, 3 high and 5 low"] and not rows(fitted, "fit") + rows(fitted, "budget")
+    assert not rows(succeeds("plan", clip, "--model", folder), "fit")
+    asked = succeeds(
+        *("ask", clip, QUESTION, "--model", folder, "--max-new-tokens", 1, "--device", "cpu"),
+        *("--max-visual-tokens", 100, "--fit"),
+    )
+    assert "98 visual" in asked
+    planned = json.loads(succeeds(*short, "--json"))
+    assert planned["fit"] == {"num_high_res_frames": 3, "num_low_res_frames": 5, "num_visual_tokens": 98}
+    few = succeeds("plan", clip, "--model", folder, "--max-visual-tokens", 40, "--fit")
+    assert rows(few, "frames") == ["5, 0 high and 5 low (8 asked for; no more fit)"]
+    none = succeeds("plan", clip, "--model", folder, "--max-visual-tokens", 3)
+    assert rows(none, "fit") == ["nothing: not even one low-resolution frame"]
+    assert "--max-visual-tokens is 3" in fails("plan", clip, "--model", folder, "--max-visual-tokens", 3, "--fit")
+
+
+def test_a_long_video_is_planned_and_asked_with_fit(folder, tmp_path):
+    long = write_clip(tmp_path / "long.mp4", np.zeros((120, 64, 64, 3), np.uint8))
+    text = succeeds("plan", long, "--model", folder, "--frames", 120)
+    assert rows(text, "budget") == ["less than 512 of 2048 positions are left for a question and its answer"]
+    assert rows(text, "fit") == ["49 high and 71 low frames, 1526 tokens: add --fit"]
+    text = succeeds("plan", long, "--model", folder, "--frames", 120, "--fit")
+    assert rows(text, "context") == [f"2048 positions of {folder}, 520 left for text"]
+    asked = succeeds(
+        *("ask", long, QUESTION, "--model", folder, "--frames", 120, "--fit", "--max-new-tokens", 2, "--device", "cpu")
+    )
+    assert ", 120 frames, decoded in" in asked
+    told = fails("ask", long, QUESTION, "--model", folder, "--frames", 120, "--max-new-tokens", 2, "--device", "cpu")
+    advice = re.search(r"this would fit: --high (\d+), --low (\d+); or let --fit choose", told)
+    assert advice, told
+    options = ("--high", advice[1], "--low", advice[2], "--max-new-tokens", 2, "--device", "cpu")
+    succeeds("ask", long, QUESTION, "--model", folder, *options)
+
+
+def test_questions_of_unlike_length_each_get_what_fits(folder, tmp_path, monkeypatch):
+    long = write_clip(tmp_path / "long.mp4", np.zeros((120, 64, 64, 3), np.uint8))
+    read, opened = [], []
+    read_frames, open_reader = sampled_elva.read_frames, video_processing_elva.open_reader
+    monkeypatch.setattr(
+        sampled_elva,
+        "read_frames",
+        lambda *given, **options: (read.append(given[1]), read_frames(*given, **options))[1],
+    )
+    monkeypatch.setattr(
+        video_processing_elva,
+        "open_reader",
+        lambda *given, **options: (opened.append(given), open_reader(*given, **options))[1],
+    )
+    questions = (QUESTION, "Where is it?", QUESTION + " " + "Which? " * 60)
+    options = ("--model", folder, "--frames", 120, "--fit", "--max-new-tokens", 2, "--device", "cpu")
+    tokens = [
+        re.match(r"(\d+) visual, (\d+) in the prompt", row)
+        for row in rows(succeeds("ask", long, *questions, *options), "tokens")
+    ]
+    assert all(int(row[2]) <= 2046 for row in tokens) and int(tokens[2][1]) < int(tokens[0][1])
+    assert len(opened) == 1 and len(read) == len({(plan.indices, plan.high) for plan in read}) <= 3
+
+
+def test_show_takes_the_same_options(folder, clip, tmp_path):
+    options = ("--model", folder, "--merge-schedule", "table5", "--device", "cpu", "--out", tmp_path / "merge.png")
+    text = succeeds("show", clip, *options, "--timestamps", "--start", 0.2, "--frames", 4, "--question", QUESTION)
+    assert ", 4 frames" in text and "of 64 patches left" in text and rows(text, "answer")
+    text = succeeds("show", clip, *options, "--max-visual-tokens", 100, "--fit", "--isolate")
+    assert ", 8 frames" in text and "patches left" in text
+
+
+def test_mistakes_in_the_options_of_frames_are_one_line(folder, clip):
+    for command in (("ask", clip, QUESTION), ("plan", clip)):
+
+        def told(*options, command=command):
+            return fails(*command, "--model", folder, *options)
+
+        assert "--at soon: give seconds" in told("--at", "soon")
+        assert "frame_times holds 9 s" in told("--at", 9)
+        assert "video_start is 5 s" in told("--start", 5)
+        assert "the end must be after the start" in told("--start", 0.5, "--end", 0.5)
+        assert "max_memory is 'lots'" in told("--max-memory", "lots")
+        assert "exclude each other" in told("--at", 0.5, "--frames", 2)
+    assert "--max-visual-tokens is 9" in fails("ask", clip, QUESTION, "--model", folder, "--max-visual-tokens", 9)
+    url = "https://name:secret@example.org/clip.mp4"
+    for command in (("ask", url, QUESTION), ("plan", url)):
+        told = fails(*command, "--model", folder)
+        assert "--allow-urls" in told and "secret" not in told
+    assert "tokenizer" in fails("plan", clip, "--preset", "elva-7b", "--timestamps")
+
+
+def test_special_tokens_in_a_question_are_text(folder, clip):
+    typed = "".join(AutoProcessor.from_pretrained(folder).tokenizer.get_added_vocab())
+    options = ("--model", folder, "--max-new-tokens", 1, "--device", "cpu")
+    (plain,), (injected,) = (
+        rows(succeeds("ask", clip, words, *options), "tokens") for words in ("Which?", f"Which?{typed}")
+    )
+    assert plain.split(",")[0] == injected.split(",")[0] == "168 visual"
+    assert rows(
+        succeeds(
+            "show",
+            clip,
+            "--out",
+            clip.with_suffix(".png"),
+            "--merge-schedule",
+            "table5",
+            "--question",
+            typed,
+            *options[:2],
+        ),
+        "answer",
+    )

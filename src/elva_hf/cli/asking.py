@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
 from elva_hf.cli import loading
 from elva_hf.cli.application import busy
-from elva_hf.errors_elva import ContextOverflowError, ElvaError
+from elva_hf.errors_elva import ElvaError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import BatchFeature
     from transformers.generation.streamers import BaseStreamer
 
     from elva_hf.pipeline_elva import ElvaPipeline
-    from elva_hf.video_processing_elva import ElvaVideoProcessor, SampledVideo
+    from elva_hf.requests_elva import Request
+    from elva_hf.sampled_elva import OpenVideo, SampledVideo
+    from elva_hf.video_processing_elva import ElvaVideoProcessor
 
 
+@loading.takes_frame_options
 def ask(
-    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="Video or image file.")],
+    video: loading.Video,
     questions: Annotated[list[str], typer.Argument(metavar="QUESTION", help="What you want to know; one or more.")],
+    options: dict[str, Any],
     model: loading.Model = None,
-    frames: loading.Frames = None,
-    high: loading.High = None,
-    low: loading.Low = None,
-    fps: loading.Fps = None,
-    longest_edge: loading.LongestEdge = None,
-    low_res_longest_edge: loading.LowResLongestEdge = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", help="Most tokens of an answer.", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Most tokens of an answer.", min=1)
+    ] = loading.MAX_NEW_TOKENS,
     merge_schedule: loading.MergeSchedule = None,
     device: loading.Device = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print answers as they are written.")] = False,
@@ -42,25 +42,30 @@ def ask(
     The video is decoded once and the model loaded once; every question is asked on its own. Without --model the
     checkpoint that ships with the package answers: it knows a small drawn world, not real footage.
     """
+    from elva_hf.requests_elva import Room, encode_request, read_request
+
     for question in questions:
         if not question.strip():
             raise ElvaError("a question is empty; write what you want to know about the video.")
-    options = loading.frame_options(frames, high, low, fps, longest_edge, low_res_longest_edge)
     checkpoint = loading.find_checkpoint(model)
     config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
     schedule = config.resolve_merge_schedule(loading.read_merge_schedule(merge_schedule))
-    decoded = processor.video_processor = DecodedOnce(processor.video_processor)
+    room = Room(config.get_text_config().max_position_embeddings, max_new_tokens)
+    requests = [read_request({"video": video, "text": question}) for question in questions]
     started = time.perf_counter()
-    with busy(f"decoding {video}"):
-        sampled = decoded.read(video, **options)
+    with DecodedOnce(processor.video_processor) as decoded, busy(f"decoding {video}"):
+        processor.video_processor = decoded
+        encoded = [
+            encode_request(processor, request, {**options, "return_metadata": True}, room) for request in requests
+        ]
     decode_seconds = time.perf_counter() - started
-    check_room(sampled, config.get_text_config().max_position_embeddings)
     pipe = loading.build_pipeline(checkpoint, processor, device)
     generation = {"max_new_tokens": max_new_tokens, "merge_schedule": schedule}
+    (sampled,) = encoded[0]["video_metadata"]
     print(f"video     {sampled.info.source}, {sampled.num_frames} frames, decoded in {decode_seconds:.2f} s")
     print(f"model     {checkpoint} on {pipe.device}")
-    for question in questions:
-        _answer(pipe, {"video": video, "text": question}, options, generation, stream)
+    for request, inputs in zip(requests, encoded, strict=True):
+        _answer(pipe, request, inputs, generation, stream)
 
 
 def demo() -> None:
@@ -71,28 +76,43 @@ def demo() -> None:
 
     folder = elva_hf.tiny_checkpoint()
     shown = json.loads((folder / "demo.json").read_text())
-    ask(folder / "demo.mp4", [question for question, _ in shown["questions"]])
+    ask(video=str(folder / "demo.mp4"), questions=[question for question, _ in shown["questions"]])
 
 
 class DecodedOnce:
-    """A video processor that decodes a file once, however many questions are asked about it."""
+    """A video processor that opens a file once and decodes the same frames once, however many questions are asked.
+
+    Used in a `with` statement, at whose end the file is closed.
+    """
 
     def __init__(self, video_processor: ElvaVideoProcessor):
         self._video_processor = video_processor
-        self._encoded: dict[str, tuple[Tensor, list[SampledVideo]]] = {}
+        self._files = ExitStack()
+        self._opened: list[OpenVideo] | None = None
+        self._decoded: dict[tuple, tuple[Tensor, list[SampledVideo]]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._video_processor, name)
 
-    def read(self, video: Path, **options: Any) -> SampledVideo:
-        """Decode now; the same options are used for every question."""
-        self._encoded[str(video)] = self._video_processor.encode([video], **options)
-        return self._encoded[str(video)][1][0]
+    def __enter__(self) -> Self:
+        return self
 
-    def encode(self, sources: list[Path], **options: Any) -> tuple[Tensor, list[SampledVideo]]:
-        """As `ElvaVideoProcessor.encode`, from memory."""
-        (source,) = sources
-        return self._encoded[str(source)]
+    def __exit__(self, *exception: object) -> None:
+        self._files.close()
+
+    @contextmanager
+    def open(self, sources: Sequence[str], **options: Any) -> Iterator[list[OpenVideo]]:
+        """As `ElvaVideoProcessor.open`; the sources and their options are those of the first call."""
+        if self._opened is None:
+            self._opened = self._files.enter_context(self._video_processor.open(sources, **options))
+        yield self._opened
+
+    def decode(self, videos: Sequence[OpenVideo], planned: Sequence[SampledVideo]) -> tuple[Tensor, list[SampledVideo]]:
+        """As `ElvaVideoProcessor.decode`, from memory where the same frames were asked for before."""
+        frames = tuple((video.indices, video.high) for video in planned)
+        if frames not in self._decoded:
+            self._decoded[frames] = self._video_processor.decode(videos, planned)
+        return self._decoded[frames]
 
 
 class Stopwatch:
@@ -124,13 +144,13 @@ class Stopwatch:
             self._inner.end()
 
 
-def _answer(pipe: ElvaPipeline, request: dict[str, Any], options: dict, generation: dict, stream: bool) -> None:
-    print(f"\nquestion  {request['text']}")
+def _answer(pipe: ElvaPipeline, request: Request, encoded: BatchFeature, generation: dict, stream: bool) -> None:
+    print(f"\nquestion  {request.question}")
     with ExitStack() as waiting:
         waiting.enter_context(busy("answering"))
         watch = _streaming_watch(pipe, waiting) if stream else Stopwatch()
         started = time.perf_counter()
-        inputs = pipe.preprocess(request, **options)
+        inputs = {**encoded.to(dtype=pipe.dtype), "requests": [request]}
         outputs = pipe.forward(inputs, streamer=watch, **generation)
         (record,) = pipe.postprocess(outputs)
         seconds = time.perf_counter() - started
@@ -161,16 +181,3 @@ def _token_counts(pipe: ElvaPipeline, inputs: dict[str, Any], outputs: dict[str,
     yield f"{visual} visual"
     yield f"{ids.shape[1]} in the prompt"
     yield f"{outputs['generated'].shape[-1]} in the answer"
-
-
-def check_room(sampled: SampledVideo, limit: int) -> None:
-    """Refuse a video that leaves no room for text.
-
-    Raises:
-        ContextOverflowError: It takes all positions of the model, or more.
-    """
-    if sampled.num_tokens >= limit:
-        raise ContextOverflowError(
-            f"{sampled.num_frames} frames of {sampled.info.source} take {sampled.num_tokens} tokens, and the model has "
-            f"{limit} positions; take fewer or smaller frames (--frames, --longest-edge). 'elva plan' shows the counts."
-        )

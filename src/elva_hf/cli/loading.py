@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from elva_hf.cli.application import busy
-from elva_hf.errors_elva import CheckpointError, ConfigurationError, ElvaError
+from elva_hf.errors_elva import CheckpointError, ConfigurationError, ContextOverflowError, ElvaError, VideoError
 
 if TYPE_CHECKING:
     from elva_hf.configuration_elva import ElvaConfig
@@ -21,23 +22,13 @@ if TYPE_CHECKING:
 VIDEO_FIELDS = ("patch_size", "longest_edge", "low_res_longest_edge", "num_high_res_frames", "num_low_res_frames")
 """What a model's configuration tells its video processor."""
 
+MAX_NEW_TOKENS = 256
+"""Most tokens of an answer, unless the command says otherwise."""
+
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="Video or image file, or, with --allow-urls, https URL.")]
 Model = Annotated[
     str | None,
     typer.Option("--model", metavar="DIR", help="Checkpoint folder or Hub id; the shipped one if not given."),
-]
-Frames = Annotated[
-    int | None, typer.Option("--frames", metavar="N", help="Number of frames, all at high resolution.", min=1)
-]
-High = Annotated[int | None, typer.Option("--high", metavar="N", help="Number of high-resolution frames.", min=0)]
-Low = Annotated[int | None, typer.Option("--low", metavar="N", help="Number of low-resolution frames.", min=0)]
-Fps = Annotated[
-    float | None, typer.Option("--fps", metavar="F", help="Frames per second of video, instead of a number.")
-]
-LongestEdge = Annotated[
-    int | None, typer.Option("--longest-edge", metavar="PX", help="Ceiling of a frame's longer side.", min=1)
-]
-LowResLongestEdge = Annotated[
-    int | None, typer.Option("--low-res-longest-edge", metavar="PX", help="The same for low-resolution frames.", min=1)
 ]
 MergeSchedule = Annotated[
     str | None,
@@ -51,25 +42,129 @@ Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps; the best if not given.")
 ]
 
+FLAGS = {
+    "num_high_res_frames=": "--high ",
+    "num_low_res_frames=": "--low ",
+    "longest_edge=": "--longest-edge ",
+    'overflow="fit"': "--fit",
+    "max_visual_tokens": "--max-visual-tokens",
+    "max_memory": "--max-memory",
+    "allow_urls=True": "--allow-urls",
+}
+"""How errors name options, and how the command line does."""
+
 
 def frame_options(
-    frames: int | None,
-    high: int | None,
-    low: int | None,
-    fps: float | None,
-    longest_edge: int | None,
-    low_res_longest_edge: int | None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", metavar="N", help="Number of frames, all at high resolution.", min=1)
+    ] = None,
+    high: Annotated[
+        int | None, typer.Option("--high", metavar="N", help="Number of high-resolution frames.", min=0)
+    ] = None,
+    low: Annotated[
+        int | None, typer.Option("--low", metavar="N", help="Number of low-resolution frames.", min=0)
+    ] = None,
+    fps: Annotated[
+        float | None, typer.Option("--fps", metavar="F", help="Frames per second of video, instead of a number.")
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option("--at", metavar="S", help="Frames on screen at these seconds: --at 1,2.5 or --at 1 --at 2.5."),
+    ] = None,
+    start: Annotated[
+        float | None, typer.Option("--start", metavar="S", help="Take nothing before this second.", min=0.0)
+    ] = None,
+    end: Annotated[
+        float | None, typer.Option("--end", metavar="S", help="Take nothing from this second on.", min=0.0)
+    ] = None,
+    scenes: Annotated[
+        bool, typer.Option("--scenes", help="Choose high-resolution frames by scene, not evenly in time.")
+    ] = False,
+    timestamps: Annotated[
+        bool, typer.Option("--timestamps", help="Tell the model the time of each frame, as text.")
+    ] = False,
+    longest_edge: Annotated[
+        int | None, typer.Option("--longest-edge", metavar="PX", help="Ceiling of a frame's longer side.", min=1)
+    ] = None,
+    low_res_longest_edge: Annotated[
+        int | None,
+        typer.Option("--low-res-longest-edge", metavar="PX", help="The same for low-resolution frames.", min=1),
+    ] = None,
+    max_visual_tokens: Annotated[
+        int | None, typer.Option("--max-visual-tokens", metavar="N", help="Most tokens of all frames.", min=1)
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", metavar="SIZE", help="Most memory of all frames, such as 512MB.")
+    ] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Take fewer frames where what is asked for does not fit.")] = False,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch VIDEO if it is an https URL.")] = False,
+    isolate: Annotated[bool, typer.Option("--isolate", help="Decode in a process that can open nothing else.")] = False,
 ) -> dict[str, Any]:
-    """Options of the command line -> options of the video processor, those that were given."""
+    """Options of the command line -> options of the video processor, those that were given.
+
+    Raises:
+        ConfigurationError: A time that is no number.
+    """
     options = {
         "num_frames": frames,
         "num_high_res_frames": high,
         "num_low_res_frames": low,
         "fps": fps,
+        "frame_times": _read_times(at or []),
+        "video_start": start,
+        "video_end": end,
+        "high_res_selection": "scenes" if scenes else None,
+        "timestamps": timestamps or None,
         "longest_edge": longest_edge,
         "low_res_longest_edge": low_res_longest_edge,
+        "max_visual_tokens": max_visual_tokens,
+        "max_memory": max_memory,
+        "overflow": "fit" if fit else None,
+        "allow_urls": allow_urls or None,
+        "isolate": isolate or None,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def takes_frame_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command all options of `frame_options`, where its parameter `options` stands, which gets the result."""
+    shared = inspect.signature(frame_options, eval_str=True).parameters
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [parameter for name in own for parameter in (shared.values() if name == "options" else [own[name]])]
+
+    def run(**given: Any) -> None:
+        options = frame_options(**{name: given.pop(name) for name in shared if name in given})
+        with flags_in_errors():
+            command(**given, options=options)
+
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
+    return run
+
+
+@contextmanager
+def flags_in_errors() -> Iterator[None]:
+    """Name options in errors as the command line does.
+
+    Raises:
+        ContextOverflowError: What was raised inside, in other words; and likewise a `VideoError`.
+    """
+    try:
+        yield
+    except (ContextOverflowError, VideoError) as error:
+        (message, *_) = error.args
+        for name, flag in FLAGS.items():
+            message = message.replace(name, flag)
+        error.args = (message,)
+        raise
+
+
+def _read_times(texts: Sequence[str]) -> tuple[float, ...] | None:
+    try:
+        return tuple(float(part) for text in texts for part in text.split(",")) or None
+    except ValueError as error:
+        raise ConfigurationError(f"--at {' '.join(texts)}: give seconds, such as 1,2.5.") from error
 
 
 def read_merge_schedule(text: str | None) -> str | list | dict | None:

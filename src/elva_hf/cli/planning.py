@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,58 +16,155 @@ from elva_hf.errors_elva import ConfigurationError
 if TYPE_CHECKING:
     from elva_hf.configuration_elva import ElvaConfig
     from elva_hf.ledger_elva import Bounds, TokenPlan
+    from elva_hf.sampled_elva import SampledVideo
     from elva_hf.schedule_elva import MergeSchedule, MergeStep
-    from elva_hf.video_processing_elva import ElvaVideoProcessor, SampledVideo
+    from elva_hf.video_processing_elva import ElvaVideoProcessor
 
 BAR_WIDTH = 18
+TEXT_ROOM = 512
+"""Tokens that `--fit` leaves for a question and its answer."""
 
 
+@loading.takes_frame_options
 def plan(
-    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="Video or image file.")],
+    video: loading.Video,
+    options: dict[str, Any],
     model: loading.Model = None,
     preset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Geometry of a model of the paper: elva-1.5b, elva-7b, elva-7b-hd."),
     ] = None,
-    frames: loading.Frames = None,
-    high: loading.High = None,
-    low: loading.Low = None,
-    fps: loading.Fps = None,
-    longest_edge: loading.LongestEdge = None,
-    low_res_longest_edge: loading.LowResLongestEdge = None,
     merge_schedule: loading.MergeSchedule = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Show the frames and tokens of VIDEO, and what they cost.
 
     Which frames a model would see, when, at which resolution, and what they take of its context; then the tokens of its
-    layers, FLOPs up to the first token of an answer, and bytes of keys and values, with merging and without. Reads the
-    index of the file and decodes one frame; loads no weights.
+    layers, FLOPs up to the first token of an answer, and bytes of keys and values, with merging and without. Where that
+    is too much, what --fit would take instead. Reads the index of the file and decodes one frame; loads no weights.
     """
     from elva_hf.ledger_elva import plan_tokens
 
-    options = loading.frame_options(frames, high, low, fps, longest_edge, low_res_longest_edge)
-    config, processor, name = _geometry(model, preset)
+    config, processor, tokenizer, name = _geometry(model, preset)
     schedule = loading.read_merge_schedule(merge_schedule)
-    with busy(f"reading {video}"):
-        sampled = processor.sample(video, **options)
-    planned = plan_tokens([sampled.grids], config, schedule)
     limit = config.get_text_config().max_position_embeddings
+    with busy(f"reading {video}"):
+        choice = choose(video, processor, tokenizer, options, limit)
+    sampled = choice.fitted if choice.fitted is not None and options.get("overflow") == "fit" else choice.asked
+    marks = choice.count_marks(sampled)
+    planned = plan_tokens([sampled.grids], config, schedule, marks)
     if as_json:
-        print(json.dumps({"video": str(video), **to_json(sampled, planned, name, limit)}, indent=2))
+        facts = to_json(sampled, planned, name, limit)
+        print(json.dumps({"video": video, **facts, "num_mark_tokens": marks, "fit": choice.to_json()}, indent=2))
         return
-    for line in describe(sampled, processor.resolve_options(**options).patch_size):
+    for line in describe(sampled, processor.resolve_options(**options).patch_size, choice.asked.num_frames):
         print(line)
+    if marks:
+        print(f"times     {marks} tokens of text")
     left = limit - planned.num_tokens
     room = f"{left} left for text" if left > 0 else f"{-left} too many: take fewer or smaller frames"
     print(f"context   {limit} positions of {name}, {room}")
+    if sampled is choice.asked:
+        for line in choice.describe():
+            print(line)
     print()
     for line in describe_costs(planned, _schedule_name(config.merge_schedule if schedule is None else schedule)):
         print(line)
 
 
-def describe(sampled: SampledVideo, patch_size: int) -> list[str]:
-    """A table of frames, and their sum."""
+@dataclass(frozen=True)
+class Choice:
+    """What is asked for of a video, and what would fit.
+
+    Args:
+        asked: By the options, whatever it costs.
+        fitted: Within the budgets; None if nothing fits.
+        excess: The first budget that does not suffice for what is asked for, in words; None if all do.
+        count_marks: Counts the tokens of time marks.
+    """
+
+    asked: SampledVideo
+    fitted: SampledVideo | None
+    excess: str | None
+    count_marks: Callable[[SampledVideo], int]
+
+    def describe(self) -> Iterator[str]:
+        """What does not fit, and what would."""
+        if self.excess is None:
+            return
+        yield f"budget    {self.excess}"
+        if self.fitted is None:
+            yield "fit       nothing: not even one low-resolution frame"
+            return
+        high, tokens = sum(self.fitted.high), self.fitted.num_visual_tokens
+        yield f"fit       {high} high and {self.fitted.num_frames - high} low frames, {tokens} tokens: add --fit"
+
+    def to_json(self) -> dict[str, int] | None:
+        """The counts that fit."""
+        if self.fitted is None:
+            return None
+        high = sum(self.fitted.high)
+        return {
+            "num_high_res_frames": high,
+            "num_low_res_frames": self.fitted.num_frames - high,
+            "num_visual_tokens": self.fitted.num_visual_tokens,
+        }
+
+
+def choose(video: str, processor: ElvaVideoProcessor, tokenizer: Any, options: dict[str, Any], limit: int) -> Choice:
+    """What the options ask of a video, and what of it fits their budgets and a model.
+
+    Args:
+        video: The source.
+        processor: Of the model.
+        tokenizer: Of the model, if it has one.
+        options: Of the video processor.
+        limit: Positions of the model.
+
+    Raises:
+        ConfigurationError: Times are to be written, and there is no tokenizer to count their tokens.
+        ContextOverflowError: Nothing fits, and `overflow="fit"` is asked for.
+    """
+    from elva_hf.errors_elva import ContextOverflowError
+    from elva_hf.fitting_elva import Sample, choose_frames
+    from elva_hf.prompts_elva import count_mark_tokens
+
+    timestamps = processor.resolve_options(**options).timestamps
+    if timestamps and tokenizer is None:
+        raise ConfigurationError("--timestamps needs a tokenizer to count tokens: name a checkpoint with --model.")
+
+    def count_marks(sampled: SampledVideo) -> int:
+        return count_mark_tokens(tokenizer, [sampled]) if timestamps else 0
+
+    def count(chosen: Sequence[SampledVideo]) -> int:
+        return TEXT_ROOM + sum(video.num_tokens + count_marks(video) for video in chosen)
+
+    budgets = replace(processor.resolve_budgets(**options), context_length=limit)
+    with processor.open([video], **options) as (opened,):
+        sample = Sample([opened], count, count)
+        excess = fitted = None
+        try:
+            choose_frames(sample, replace(budgets, overflow="error"))
+        except ContextOverflowError as error:
+            excess = str(error).split(";")[0]
+            if error.budget == "context_length":
+                excess = f"less than {TEXT_ROOM} of {limit} positions are left for a question and its answer"
+        try:
+            fitted = choose_frames(sample, replace(budgets, overflow="fit"))[0]
+        except ContextOverflowError:
+            if budgets.overflow == "fit":
+                raise
+        return Choice(opened.sample(), fitted, excess, count_marks)
+
+
+def describe(sampled: SampledVideo, patch_size: int, num_asked: int) -> list[str]:
+    """A table of frames, and their sum.
+
+    Args:
+        sampled: What is taken.
+        patch_size: Side of a patch in pixels.
+        num_asked: Frames that the source has of those asked for; more than are taken where no more fit.
+    """
     info = sampled.info
     length = "still image" if info.is_image else f"{info.num_frames} frames"
     if info.duration is not None:
@@ -84,7 +181,8 @@ def describe(sampled: SampledVideo, patch_size: int) -> list[str]:
         f"frames    {sampled.num_frames}, {sum(sampled.high)} high and {sampled.num_frames - sum(sampled.high)} low"
     )
     if sampled.num_frames < sampled.num_asked:
-        lines[-1] += f" ({sampled.num_asked} asked for; the source has no more)"
+        why = "no more fit" if sampled.num_frames < num_asked else "the source has no more"
+        lines[-1] += f" ({sampled.num_asked} asked for; {why})"
     others = sampled.num_visual_tokens - sampled.num_patches
     lines.append(f"tokens    {sampled.num_visual_tokens}: {sampled.num_patches} patches, {others} <FRAME> and <LINE>")
     return lines
@@ -205,7 +303,8 @@ def _span(bounds: Bounds[int], shown: Callable[[int], str]) -> str:
     return "-".join(dict.fromkeys((shown(bounds.minimum), shown(bounds.maximum))))
 
 
-def _geometry(model: str | None, preset: str | None) -> tuple[ElvaConfig, ElvaVideoProcessor, str]:
+def _geometry(model: str | None, preset: str | None) -> tuple[ElvaConfig, ElvaVideoProcessor, Any, str]:
+    """Configuration, video processor, tokenizer if there is one, and name of a model."""
     from elva_hf.configuration_elva import ElvaConfig
     from elva_hf.video_processing_elva import ElvaVideoProcessor
 
@@ -213,7 +312,8 @@ def _geometry(model: str | None, preset: str | None) -> tuple[ElvaConfig, ElvaVi
         if model is not None:
             raise ConfigurationError("--model and --preset exclude each other; keep one.")
         config = ElvaConfig.from_preset(preset)
-        return config, ElvaVideoProcessor(**{field: getattr(config, field) for field in loading.VIDEO_FIELDS}), preset
+        fields = {field: getattr(config, field) for field in loading.VIDEO_FIELDS}
+        return config, ElvaVideoProcessor(**fields), None, preset
     checkpoint = loading.find_checkpoint(model)
-    config = loading.load_config(checkpoint)
-    return config, loading.load_processor(checkpoint).video_processor, checkpoint
+    config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
+    return config, processor.video_processor, processor.tokenizer, checkpoint

@@ -11,24 +11,26 @@ import typer
 
 from elva_hf.cli import loading
 from elva_hf.cli.application import busy
-from elva_hf.cli.asking import DecodedOnce, check_room
 from elva_hf.errors_elva import ConfigurationError, ElvaError
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     from elva_hf.merging_elva import MergeMap
     from elva_hf.pipeline_elva import ElvaPipeline
+    from elva_hf.processing_elva import ElvaProcessor
+    from elva_hf.sampled_elva import SampledVideo
     from elva_hf.schedule_elva import MergeSchedule, MergeStep
-    from elva_hf.video_processing_elva import SampledVideo
     from elva_hf.viz.merging import MergeView
 
 FRAMES_PER_SECOND = 2
 UNASKED = "What happens?"  # merging comes before the question, so any will do
 
 
+@loading.takes_frame_options
 def show(
-    video: Annotated[Path, typer.Argument(metavar="VIDEO", help="Video or image file.")],
+    video: loading.Video,
     out: Annotated[Path, typer.Option(metavar="FILE", help="Film (.mp4) or sheet of all frames (.png) to write.")],
     model: loading.Model = None,
     question: Annotated[
@@ -38,12 +40,8 @@ def show(
     step: Annotated[
         int | None, typer.Option(metavar="N", help="Show merge step N of the schedule, from 1; the last if not given.")
     ] = None,
-    frames: loading.Frames = None,
-    high: loading.High = None,
-    low: loading.Low = None,
-    fps: loading.Fps = None,
-    longest_edge: loading.LongestEdge = None,
-    low_res_longest_edge: loading.LowResLongestEdge = None,
+    *,
+    options: dict[str, Any],
     device: loading.Device = None,
 ) -> None:
     """Draw what merges into what inside the model.
@@ -51,36 +49,53 @@ def show(
     Shows the frames as the model sees them. A patch that still has its token is drawn in full, one that merged away is
     dimmed; the colour of its outline says how many frames its token stands for. The tokens of each layer stand beside.
     """
-    check_out(out, video)
+    check_out(out, Path(video))
     if question is not None and not question.strip():
         raise ElvaError("--question is empty; write what you want to know about the video.")
-    options = loading.frame_options(frames, high, low, fps, longest_edge, low_res_longest_edge)
     checkpoint = loading.find_checkpoint(model)
     config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
     given = config.merge_schedule if merge_schedule is None else loading.read_merge_schedule(merge_schedule)
     schedule = config.resolve_merge_schedule(given)
     number = _check_step(step, schedule)
-    decoded = processor.video_processor = DecodedOnce(processor.video_processor)
     with busy(f"decoding {video}"):
-        sampled = decoded.read(video, **options)
-    check_room(sampled, config.get_text_config().max_position_embeddings)
+        inputs = encode(processor, video, question, options, config.get_text_config().max_position_embeddings)
+    frames, (sampled,) = inputs.pop("frames"), inputs["video_metadata"]
     pipe = loading.build_pipeline(checkpoint, processor, device)
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].to(pipe.dtype)
     with busy("merging"):
-        inputs = pipe.preprocess({"video": video, "text": UNASKED if question is None else question}, **options)
         merge_map, layer_tokens = trace(pipe, inputs, schedule)
         answer = None if question is None else _answer(pipe, inputs, schedule)
     name = given if isinstance(given, str) else f"of {len(schedule.steps)} step{'s'[: len(schedule.steps) > 1]}"
-    head = (f"{video.name} · merge schedule {name}", *(() if answer is None else (f'"{question}" - "{answer}"',)))
-    view = build_view(decoded, video, merge_map, layer_tokens, schedule, number, head)
+    head = (f"{Path(video).name} · merge schedule {name}", *(() if answer is None else (f'"{question}" - "{answer}"',)))
+    view = build_view(frames, sampled, merge_map, layer_tokens, schedule, number, head)
     with busy(f"writing {out}"):
         write(view, out)
-    print(f"video     {sampled.info.source}, {sampled.num_frames} frames")
-    print(f"model     {checkpoint} on {pipe.device}")
-    if answer is not None:
-        print(f"question  {question}\nanswer    {answer}")
-    for line in describe(view):
-        print(line)
-    print(f"wrote     {out}")
+    asked = [] if answer is None else [f"question  {question}", f"answer    {answer}"]
+    lines = [
+        f"video     {sampled.info.source}, {sampled.num_frames} frames",
+        f"model     {checkpoint} on {pipe.device}",
+    ]
+    print(*lines, *asked, *describe(view), f"wrote     {out}", sep="\n")
+
+
+def encode(
+    processor: ElvaProcessor, video: str, question: str | None, options: dict[str, Any], limit: int
+) -> dict[str, Any]:
+    """What the pipeline is given for a video and a question, if any; and `frames`, as the model sees them.
+
+    Raises:
+        ContextOverflowError: It takes more than the `limit` positions of the model.
+        VideoError: The video cannot be used.
+    """
+    from elva_hf.requests_elva import Room, encode_request, read_request
+    from elva_hf.viz.merging import restore_frames
+
+    request = read_request({"video": video, "text": UNASKED if question is None else question})
+    room = Room(limit, 0 if question is None else loading.MAX_NEW_TOKENS)
+    encoded = encode_request(processor, request, {**options, "return_metadata": True}, room)
+    (sampled,), values = encoded["video_metadata"], processor.video_processor.resolve_options(**options)
+    frames = restore_frames(encoded["pixel_values_videos"], sampled.grids, values.image_mean, values.image_std)
+    return {**encoded, "requests": [request], "frames": frames}
 
 
 def check_out(out: Path, video: Path) -> None:
@@ -112,8 +127,8 @@ def trace(pipe: ElvaPipeline, inputs: dict[str, Any], schedule: MergeSchedule) -
 
 
 def build_view(
-    decoded: DecodedOnce,
-    video: Path,
+    frames: list[np.ndarray],
+    sampled: SampledVideo,
     merge_map: MergeMap,
     layer_tokens: list[int],
     schedule: MergeSchedule,
@@ -121,11 +136,10 @@ def build_view(
     head: tuple[str, ...],
 ) -> MergeView:
     """Put together what a picture shows of merge step `number`, counted from 0."""
-    from elva_hf.viz.merging import MergeView, read_fates, restore_frames
+    from elva_hf.viz.merging import MergeView, read_fates
 
-    patches, (sampled,) = decoded.encode([video])
     return MergeView(
-        frames=restore_frames(patches, sampled.grids, decoded.image_mean, decoded.image_std),
+        frames=frames,
         fates=read_fates(merge_map, sampled.grids, number),
         captions=_captions(sampled),
         layer_tokens=layer_tokens,
@@ -186,7 +200,8 @@ def _check_step(step: int | None, schedule: MergeSchedule) -> int:
 
 
 def _answer(pipe: ElvaPipeline, inputs: dict[str, Any], schedule: MergeSchedule) -> str:
-    (record,) = pipe.postprocess(pipe.forward(inputs, merge_schedule=schedule))
+    outputs = pipe.forward(inputs, merge_schedule=schedule, max_new_tokens=loading.MAX_NEW_TOKENS)
+    (record,) = pipe.postprocess(outputs)
     return record["generated_text"]
 
 
