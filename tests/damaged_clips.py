@@ -138,7 +138,7 @@ def fill_run(rng, data, other):
 
 
 def truncate(rng, data, other):
-    return data[: rng.randrange(1, len(data))]
+    return data[: rng.randrange(len(data))]
 
 
 def insert(rng, data, other):

@@ -13,6 +13,7 @@ PUBLIC = [
     "CheckpointError",
     "ConfigurationError",
     "ContextOverflowError",
+    "DecodingLimits",
     "ElvaConfig",
     "ElvaError",
     "ElvaForCausalLM",
@@ -24,6 +25,8 @@ PUBLIC = [
     "MergeSchedule",
     "MergeStep",
     "PlaceholderError",
+    "UrlPolicy",
+    "VideoClip",
     "VideoError",
     "tiny_checkpoint",
 ]

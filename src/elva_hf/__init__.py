@@ -25,7 +25,9 @@ from elva_hf.errors_elva import (
     PlaceholderError,
     VideoError,
 )
+from elva_hf.limits_elva import DecodingLimits, UrlPolicy
 from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel, ElvaPreTrainedModel
+from elva_hf.options_elva import VideoClip
 from elva_hf.pipeline_elva import ElvaPipeline, register_pipeline
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.schedule_elva import MergeSchedule, MergeStep
@@ -37,6 +39,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "ContextOverflowError",
+    "DecodingLimits",
     "ElvaConfig",
     "ElvaError",
     "ElvaForCausalLM",
@@ -48,6 +51,8 @@ __all__ = [
     "MergeSchedule",
     "MergeStep",
     "PlaceholderError",
+    "UrlPolicy",
+    "VideoClip",
     "VideoError",
     "tiny_checkpoint",
 ]

@@ -32,6 +32,7 @@ SKIPPABLE = frozenset({"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video"})
 
 SHORTEST_JUMP = 3  # frames; fewer are decoded sooner than sought
 _MOST_RECOVERIES = 16
+_MOST_RESTARTS = 2
 _TRANSFERS = {16: "PQ", 18: "HLG"}
 
 
@@ -58,7 +59,8 @@ class ContainerReader:
         self._admission = Admission(shown, limits or DecodingLimits())
         self._threads = threads
         self._session: Session | None = None
-        self._recoveries = 0
+        self._recoveries = self._restarts = 0
+        self._can_seek = True
         self._notes: dict[str, None] = {}  # an ordered set
         self._reformatter = VideoReformatter()
         self.work = Work()
@@ -253,50 +255,53 @@ class ContainerReader:
         lost = int(place[0])
         self._note_lost(lost)
         start = index.times[lost]
-        return Index(
-            index.pts[lost:], index.times[lost:] - start, index.key_pts, index.duration - start, index.in_order
-        )
+        times, duration = index.times[lost:] - start, float(index.duration - start)
+        return Index(index.pts[lost:], times, index.key_pts, duration, index.in_order)
 
     def _by_time(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode forward, jumping to a later key frame where one stands before the next frame wanted."""
         index = self._index
+        wanted = frozenset(index.pts[list(indices)].tolist())
         session, reached = self._take_session(int(index.pts[indices[0]]))
-        wanted = frozenset(index.pts[list(indices)].tolist()) if session.codec in SKIPPABLE else None
-        session.wanted = wanted
-        frame, can_seek, ended = session.last, True, False
+        session.wanted = wanted if session.codec in SKIPPABLE else None
+        frame, ended = session.last, False
         for number in indices:
             target = int(index.pts[number])
-            keyframe = index.keyframe_before(target) if can_seek else None
+            keyframe = index.keyframe_before(target) if self._can_seek else None
             if keyframe is not None and index.frames_between(reached, keyframe) >= SHORTEST_JUMP:
-                can_seek = session.seek((target, keyframe))
                 frame, ended = None, False
-                if not can_seek:  # back to the start, and on from there without jumps
-                    session = self._reopen(wanted)
+                if not session.seek((target, keyframe)):  # back to the start, and on from there without jumps
+                    self._can_seek = False
+                    session = self._reopen(session.wanted)
             while not ended and (frame is None or frame.pts < target):
                 frame = session.next_frame()
                 ended = frame is None
             if frame is not None and frame.pts == target:
                 yield number, frame
-            elif wanted is not None and (found := self._recover(target)) is not None:
+            elif (session.sought or session.wanted is not None) and (found := self._recover(target)) is not None:
                 yield number, found
             reached = target if frame is None else max(target, frame.pts)
 
     def _recover(self, target: int) -> Any:
-        """Look for one frame again, skipping no other; None if it is damaged."""
-        if self._recoveries == _MOST_RECOVERIES:
-            return None
-        self._recoveries += 1
-        session = self._open()
-        try:
-            keyframe = self._index.keyframe_before(target)
-            if keyframe is not None and not session.seek((target, keyframe)):
+        """Look for one frame again, skipping no other, at last from the start of the file; None if it is damaged."""
+        keyframe = self._index.keyframe_before(target)
+        for from_start in (False, True):
+            if self._recoveries == _MOST_RECOVERIES or (from_start and self._restarts == _MOST_RESTARTS):
                 return None
-            while (frame := session.next_frame()) is not None and frame.pts <= target:
-                if frame.pts == target:
-                    return frame
-            return None
-        finally:
-            session.close()
+            self._recoveries += 1
+            self._restarts += from_start
+            session, bad_packets = self._open(), self.work.bad_packets
+            try:
+                if not from_start and (keyframe is None or not session.seek((target, keyframe))):
+                    continue
+                while (frame := session.next_frame()) is not None and frame.pts <= target:
+                    if frame.pts == target:
+                        self._can_seek &= not from_start
+                        return frame
+            finally:
+                session.close()
+                self.work.bad_packets = bad_packets  # met before
+        return None
 
     def _by_sequence(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
         """Decode all, and tell frames of equal time apart by their order."""
@@ -312,21 +317,24 @@ class ContainerReader:
             place += 1
 
     def _by_order(self, indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+        """Count frames from the start; after one that is lost nobody knows the number of the next."""
         wanted = set(indices)
         session = self._reopen(None)
+        refused = None
         for number in range(indices[-1] + 1):
             frame = session.next_frame()
-            if frame is None:
+            refused = self.work.bad_packets if refused is None else refused
+            if frame is None or self.work.bad_packets > refused:
                 return
             if number in wanted:
                 yield number, frame
 
     def _take_session(self, pts: int) -> tuple[Session, int]:
-        """The open session, at or before a time, or a new one; and the time at which it stands."""
+        """The open session, at or before a time, or a new one; and the time where it stands."""
         session, index = self._session, self._index
         if session is not None and session.last is not None and session.last.pts <= pts:
             return session, session.last.pts
-        keyframe = index.keyframe_before(pts)
+        keyframe = index.keyframe_before(pts) if self._can_seek else None
         if session is not None and keyframe is not None:
             session.wanted = None
             if session.seek((pts, keyframe)):

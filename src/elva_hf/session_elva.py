@@ -58,9 +58,11 @@ class Session:
         self.base = float(stream.time_base or 0)  # seconds
         self.rate = float(stream.average_rate or stream.guessed_rate or 0)  # frames per second
         self.claimed_duration = _claimed_duration(container, stream)
+        self.sought = False  # whether it has jumped
         self.suspect = False  # whether frames may show damage that the decoder does not tell, up to the next key frame
         self.last: Any = None
         self.wanted: frozenset[int] | None = None  # times of frames that must be decoded; None for all
+        self._had_size = stream.codec_context.width > 0
         self._frames = self._decode_all(self.packets())
 
     def close(self) -> None:
@@ -100,7 +102,8 @@ class Session:
             context = self.stream.codec_context
             self._admission.check_pixels(context.width, context.height)
             # some decoders forget a size that is too large
-            self._work.refused_sizes += isinstance(error, av.error.ArgumentError) and not context.width
+            forgotten = self._had_size or isinstance(error, av.error.ArgumentError)
+            self._work.refused_sizes += forgotten and not context.width
             return
         self._work.frames += len(frames)
         for frame in frames:
@@ -121,7 +124,7 @@ class Session:
         Seeking to the target itself, not to its key frame, avoids landing one key frame too early in files with
         B-frames. A frame from which decoding can only recover by and by (intra refresh) is no key frame.
         """
-        self.last = None
+        self.last, self.sought = None, True
         self.stream.codec_context.skip_frame = "DEFAULT"
         for position in positions:
             self._work.seeks += 1

@@ -17,7 +17,7 @@ from typer.main import get_command
 
 import elva_hf
 from elva_hf import sampled_elva, video_processing_elva
-from elva_hf.cli import app
+from elva_hf.cli import app, loading
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS
 
@@ -373,6 +373,11 @@ def test_mistakes_in_the_options_of_frames_are_one_line(folder, clip):
     for command in (("ask", url, QUESTION), ("plan", url)):
         told = fails(*command, "--model", folder)
         assert "--allow-urls" in told and "secret" not in told
+        assert "127.0.0.1" in fails(
+            command[0], "https://127.0.0.1/clip.mp4", *command[2:], "--model", folder, "--allow-urls"
+        )
+    assert loading.frame_options(isolate=True, allow_urls=True) == {"isolate": True, "allow_urls": True}
+    assert loading.frame_options() == {}
     assert "tokenizer" in fails("plan", clip, "--preset", "elva-7b", "--timestamps")
 
 
