@@ -169,20 +169,13 @@ def test_videos_of_one_sample_share_its_budget(processor):
 
 
 def test_no_more_high_frames_are_advised_than_were_asked_for(processor):
-    options = {"num_high_res_frames": 1, "num_low_res_frames": 1, "max_memory": BYTES * 19}
-    with pytest.raises(ContextOverflowError) as caught:
-        processor(text="<video>", videos=draw(12), **options)
-    assert caught.value.settings == {"num_high_res_frames": 0, "num_low_res_frames": 2}
-    wide = {"num_high_res_frames": 1, "num_low_res_frames": 11, "max_visual_tokens": 70}
-    with pytest.raises(ContextOverflowError) as caught:
-        processor(text="<video>", videos=draw(12), **wide)
-    assert caught.value.settings == {"num_high_res_frames": 0, "num_low_res_frames": 10}
-    few = {"num_high_res_frames": 1, "num_low_res_frames": 1, "max_visual_tokens": 45}
-    with pytest.raises(ContextOverflowError, match="the 2 videos give 56") as caught:
-        processor(text="<video><video>", videos=[draw(12), draw(12)], **few)
-    assert caught.value.settings == {"num_high_res_frames": 0, "num_low_res_frames": 2}
-    (video,) = metadata(processor, "<video>", draw(2), **{**few, "num_low_res_frames": 9})["video_metadata"]
-    assert counts(video) == (1, 1)
+    wide = draw(12, 4, 16)  # a high frame takes 6 tokens, a low one 5
+    asked = {"num_high_res_frames": 1, "num_low_res_frames": 11, "low_res_longest_edge": 12, "max_visual_tokens": 59}
+    with pytest.raises(ContextOverflowError, match="the video gives 61") as caught:
+        processor(text="<video>", videos=wide, **asked)
+    assert caught.value.settings == {"num_high_res_frames": 1, "num_low_res_frames": 10}
+    (video,) = metadata(processor, "<video>", wide, **asked, overflow="fit")["video_metadata"]
+    assert counts(video) == (1, 10)
 
 
 def test_an_image_gives_way_too(processor):

@@ -11,7 +11,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from elva_hf import ElvaVideoProcessor
 from elva_hf.decoding_elva import open_reader
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -301,3 +304,26 @@ def test_without_b_frames_no_frame_is_decoded_twice(scripts, clips):
     _, work = read_counted(path, indices)
     assert work.frames <= frames_from_key_frames(indices, range(0, 600, 60)) + 4
     assert work.converted == 32
+
+
+class Operators(TorchDispatchMode):
+    """Names of torch's operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_frames_are_cut_into_patches_without_waking_the_threads_of_torch(scripts, clips):
+    """Threads that wake for each frame spin until the next: that once cost more than a third of a call."""
+    path = make_clip(scripts, clips, seconds=2, height=72, width=128, gop=12)
+    processor = ElvaVideoProcessor(longest_edge=56)
+    with Operators() as operators:
+        patches = processor([str(path)], num_frames=8)["pixel_values_videos"]
+    assert torch.is_tensor(patches)
+    assert sum("bicubic" in name for name in operators.names) == 8
+    assert not {"add_", "sub_", "mul_", "div_", "copy_", "add", "sub", "mul", "div"} & set(operators.names)

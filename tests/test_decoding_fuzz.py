@@ -45,14 +45,13 @@ def test_an_isolated_reader_says_the_same_of_a_damaged_file(clips, tmp_path):
         Run(
             clips,
             tmp_path,
-            SEED,
             reader=lambda source, plan, size: read_video(source, plan, size, options=options),
             look=lambda source: probe(source, options=options),
         ),
         numbers,
     )
     assert not report.failures, report
-    assert report.outcomes == run_mutants(Run(clips, tmp_path, SEED), numbers).outcomes
+    assert report.outcomes == run_mutants(Run(clips, tmp_path), numbers).outcomes
 
 
 def test_every_clip_is_good_before_it_is_damaged(clips):

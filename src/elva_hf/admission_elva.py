@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from .errors_elva import VideoError
 from .limits_elva import SHORTEST_SIDE, DecodingLimits
@@ -52,6 +54,18 @@ class Admission:
         """Refuse a video that is too long."""
         if seconds > self.limits.max_duration:
             raise self._too_much(f"lasts {seconds:.4g} s, longer than", "max_duration", "too_long", "cut it")
+
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """Name the source where memory runs out."""
+        try:
+            yield
+        except MemoryError as error:
+            raise self.error(
+                "needs more memory to be decoded than there is;",
+                "out_of_memory",
+                "it is damaged, or to be scaled down (isolate=True: or raise DecodingLimits.max_process_memory).",
+            ) from error
 
     def start_clock(self) -> None:
         """Begin to count the seconds that reading may take."""

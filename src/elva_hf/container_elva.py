@@ -7,7 +7,6 @@ if it came out of the decoder with that time. No torch here: the isolated proces
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from io import BytesIO
 from typing import Any, BinaryIO, Self
 
@@ -68,7 +67,7 @@ class ContainerReader:
         try:
             self._size = self._file.seek(0, 2)
             self._admission.check_bytes(self._size)
-            with self._memory():
+            with self._admission.memory():
                 self._look()
         except BaseException:
             self.close()
@@ -89,7 +88,7 @@ class ContainerReader:
             found = self._by_order(indices)
         else:
             found = self._by_time(indices) if index.in_order else self._by_sequence(indices)
-        with self._memory():
+        with self._admission.memory():
             for number, frame in found:
                 yield Frame(number, float(index.times[number]), self._to_pixels(frame))
 
@@ -109,18 +108,6 @@ class ContainerReader:
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self.close()
-
-    @contextmanager
-    def _memory(self) -> Iterator[None]:
-        """Name the source where memory runs out."""
-        try:
-            yield
-        except MemoryError as error:
-            raise self._admission.error(
-                "needs more memory to be decoded than there is;",
-                "out_of_memory",
-                "it is damaged, or to be scaled down (isolate=True: or raise DecodingLimits.max_process_memory).",
-            ) from error
 
     def _open(self) -> Session:
         return open_session(self._file, self._size, self._admission, self.work, self._threads)

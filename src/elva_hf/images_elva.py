@@ -60,8 +60,9 @@ class ImageReader:
         self._admission = Admission(shown, limits)
         self.damage = Damage()
         try:
-            self._look()
-        except (VideoError, MemoryError):
+            with self._admission.memory():
+                self._look()
+        except VideoError:
             self.close()
             raise
         except LIBRARY_ERRORS as error:
@@ -72,7 +73,7 @@ class ImageReader:
         """Yield the frames at strictly increasing `indices`."""
         for index in indices:
             try:
-                with warnings.catch_warnings():
+                with warnings.catch_warnings(), self._admission.memory():
                     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                     if self.info.is_image:
                         pixels = image_to_pixels(ImageOps.exif_transpose(self._image), self._admission.name)

@@ -24,8 +24,8 @@ own time in seconds from the first, or it raises one `VideoError` whose `reason`
 and no socket, whatever the input says. The bytes of a file give what the file gives, and any choice of frames gives the
 pixels that a full decode gives.
 
-`48x128` is height x width in pixels. Frames that cannot be decoded are left out; where they are more than a tenth of the
-frames asked for, the source is `damaged`.
+`48x128` is height x width in pixels. Frames that cannot be decoded are left out; where they are more than a tenth of
+the frames asked for, the source is `damaged`.
 """
 
 
