@@ -306,6 +306,12 @@ def test_plan_shows_what_fit_would_take_and_fit_takes_it(folder, clip):
     assert "--max-visual-tokens is 3" in fails("plan", clip, "--model", folder, "--max-visual-tokens", 3, "--fit")
 
 
+def test_plan_says_that_scenes_are_known_later(folder, clip):
+    options = ("plan", clip, "--model", folder, "--scenes")
+    assert "known once they are decoded" in rows(succeeds(*options, "--high", 2, "--low", 3), "scenes")[0]
+    assert not rows(succeeds(*options), "scenes")  # all frames are high
+
+
 def test_a_long_video_is_planned_and_asked_with_fit(folder, tmp_path):
     long = write_clip(tmp_path / "long.mp4", np.zeros((120, 64, 64, 3), np.uint8))
     text = succeeds("plan", long, "--model", folder, "--frames", 120)

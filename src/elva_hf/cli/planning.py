@@ -57,8 +57,11 @@ def plan(
         facts = to_json(sampled, planned, name, limit)
         print(json.dumps({"video": video, **facts, "num_mark_tokens": marks, "fit": choice.to_json()}, indent=2))
         return
-    for line in describe(sampled, processor.resolve_options(**options).patch_size, choice.asked.num_frames):
+    chosen = processor.resolve_options(**options)
+    for line in describe(sampled, chosen.patch_size, choice.asked.num_frames):
         print(line)
+    if chosen.high_res_selection == "scenes" and 0 < sum(sampled.high) < sampled.num_frames:
+        print("scenes    as many high-resolution frames as shown; which ones is known once they are decoded")
     if marks:
         print(f"times     {marks} tokens of text")
     left = limit - planned.num_tokens
