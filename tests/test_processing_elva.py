@@ -10,6 +10,7 @@ import torch
 from clips_elva import byte_tokenizer, paint, write_counter, write_sound
 from PIL import Image
 
+from elva_hf import sampled_elva
 from elva_hf.errors_elva import (
     ConfigurationError,
     ContextOverflowError,
@@ -235,6 +236,12 @@ def test_what_people_type_never_becomes_a_special_token(processor):
     ids = out["input_ids"][0].tolist()
     assert ids.count(processor.frame_token_id) == 3 and ids.count(processor.video_token_id) == 18
     assert ids.count(processor.tokenizer.convert_tokens_to_ids("<|im_start|>")) == 1
+
+
+def test_special_tokens_in_raw_text_are_found_before_decoding(processor, monkeypatch):
+    monkeypatch.setattr(sampled_elva, "read_frames", lambda *args, **options: pytest.fail("decoded"))
+    with pytest.raises(PlaceholderError, match="special tokens"):
+        processor(text="<video><FRAME>", videos=draw())
 
 
 @pytest.mark.parametrize("typed", ["<FRAME>", "<LINE>", "<|vision_start|>", "<|vision_end|>"])

@@ -162,12 +162,15 @@ class ElvaProcessor(ProcessorMixin):
         check_not_empty(prompts)
         sources, is_image = [source for source, _ in media], [image for _, image in media]
         encoder = PromptTokenizer(self.tokenizer, tokens, text_options)
-        data: dict[str, Any] = {}
+        pad = return_tensors is not None
         with self.video_processor.open(sources, images=is_image, **video_options) as opened:
-            sampled = encoder.plan(prompts, opened, budgets)
+            sampled = planned = encoder.plan(prompts, opened, budgets)
+            data = encoder.tokenize(prompts, planned, pad=pad)  # what is wrong with the text shows before decoding
             if opened:
-                data["pixel_values_videos"], sampled = self.video_processor.decode(opened, sampled)
-        data = {**encoder.tokenize(prompts, sampled, pad=return_tensors is not None), **data}
+                pixels, sampled = self.video_processor.decode(opened, planned)
+                if any(map(_differ, planned, sampled)):
+                    data = encoder.tokenize(prompts, sampled, pad=pad)
+                data["pixel_values_videos"] = pixels
         if video_options.get("return_metadata"):
             data["video_metadata"] = sampled
         return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
@@ -378,3 +381,8 @@ class ElvaProcessor(ProcessorMixin):
         """Take videos and images out of chats, in order, and leave their placeholders to the template."""
         media = take_media(conversations)
         return PerSample(media["image"]), PerSample(media["video"]), [], {}
+
+
+def _differ(planned: SampledVideo, sampled: SampledVideo) -> bool:
+    """Whether what was decoded is written differently from what was planned: frames missing, or chosen by scene."""
+    return (planned.grids, planned.times) != (sampled.grids, sampled.times)
