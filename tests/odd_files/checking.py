@@ -1,7 +1,7 @@
 """Reading an odd input under watch, and comparing what came out with what should."""
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from elva_hf.errors_elva import REASONS, VideoError
 from elva_hf.frames_elva import FramePlan
 from elva_hf.limits_elva import DecodingLimits
 
-from .records import Case, Fails, Place, Shows
-from .watching import FileWatch, audit, descriptors, forget_peak, memory, within
+from .records import Fails, Place
+from .watching import CAN_WATCH, FileWatch, audit, descriptors, forget_peak, memory, within
 from .writing import COLOURS
 
 MOST_SECONDS = 20
@@ -64,17 +64,25 @@ def read_frames_of(case, source, indices=None, **rest):
 def examine(case, place):
     """Build an input, and read all its frames under watch."""
     outcome = Outcome(place, case.build(place))
+    if not CAN_WATCH:
+        take(case, outcome)
+        return outcome
     before, watch = descriptors(), FileWatch(place.folder)
     counts, start = forget_peak(), memory("VmRSS")
     with audit() as outcome.events:
-        try:
-            outcome.video = within(MOST_SECONDS, partial(read_frames_of, case, outcome.source))
-        except Exception as error:
-            outcome.error = error.with_traceback(None)
+        take(case, outcome)
     outcome.peak = memory("VmHWM") - start if counts else 0
     outcome.opened = watch.opened()
     outcome.leaked = {number: target for number, target in descriptors().items() if before.get(number) != target}
     return outcome
+
+
+def take(case, outcome):
+    """Read all frames, or keep the error."""
+    try:
+        outcome.video = within(MOST_SECONDS, partial(read_frames_of, case, outcome.source))
+    except Exception as error:
+        outcome.error = error.with_traceback(None)
 
 
 def check_outcome(case, outcome):
@@ -164,17 +172,3 @@ def is_file(source):
 def names_of(source):
     """Files in the folder that may be opened: the source, and what it links to."""
     return {source.name, source.resolve().name} if is_file(source) else set()
-
-
-__all__ = [
-    "Case",
-    "Fails",
-    "Outcome",
-    "Shows",
-    "check_outcome",
-    "examine",
-    "fields",
-    "is_file",
-    "names_of",
-    "read_frames_of",
-]

@@ -57,7 +57,7 @@ class Fails:
 
 @dataclass(frozen=True)
 class Case:
-    """An odd input. `limits` are those of `DecodingLimits`; `opens` are other files that may be opened."""
+    """An odd input: its name, what it is, how it is made, what must come out, under which `DecodingLimits`."""
 
     name: str
     what: str
