@@ -382,7 +382,7 @@ FAULTS = (
         "session_elva.py",
         "frame.pict_type == PictureType.I and ",
         "",
-        (ODD, "-k", "any_choice and intra"),
+        (ODD, "-k", "intra"),
     ),
     Fault(
         "composition offsets left out of the index",
@@ -424,14 +424,16 @@ FAULTS = (
         "session_elva.py",
         "if not stream.disposition & _COVER",
         "if True",
-        (DECODING, "-k", "cover_art"),
+        (ODD, "-k", "cover"),
     ),
     Fault(
-        "playlists opened",
+        "playlists and protocols opened",
         "session_elva.py",
-        '"format_whitelist": ",".join(sorted(limits.demuxers)),',
+        """        "protocol_whitelist": "none",  # all bytes come through our own file object
+        "format_whitelist": ",".join(sorted(limits.demuxers)),
+""",
         "",
-        (ODD, DECODING, "-k", "concat or hls or playlist or clear_line"),
+        (ODD, "-k", "concat or hls or sdp"),
     ),
     Fault(
         "codecs not checked",
@@ -441,10 +443,10 @@ FAULTS = (
         (CONTAINER, "-k", "each_limit"),
     ),
     Fault(
-        "pixels not checked before decoding",
-        "session_elva.py",
-        "    admission.check_pixels(context.width, context.height)\n    context.options",
-        "    context.options",
+        "pixels not checked",
+        "admission_elva.py",
+        "if width * height > self.limits.max_pixels:",
+        "if width * height < 0:",
         (ODD, "-k", "bomb"),
     ),
     Fault(

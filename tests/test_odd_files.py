@@ -251,3 +251,8 @@ def test_bytes_io_is_no_source():
     with pytest.raises(VideoError, match="BytesIO") as caught:
         probe(io.BytesIO(SDP.encode()))
     assert caught.value.reason == "bad_type"
+
+
+def test_the_readme_counts_the_inputs():
+    readme = (TESTS.parent / "README.md").read_text()
+    assert f"What comes of {len(CASES)} odd, damaged and hostile inputs" in readme
