@@ -18,6 +18,7 @@ from .errors_elva import VideoError
 LIBRARY_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)
 """What PyAV raises on files that are not what they should be."""
 
+_ALONE = frozenset({"hevc", "libdav1d"})  # decoders whose threads cost more than they save
 _COVER = av.stream.Disposition.attached_pic
 _MOST_GAPS = 16  # places where a file is damaged, after which the rest is left
 
@@ -214,7 +215,7 @@ def _prepare(context: Any, admission: Admission, threads: int | None) -> None:
     context.options = {**context.options, "max_pixels": str(limits.max_pixels)}
     if threads is None:
         context.thread_type = "SLICE"  # threads over frames cost more than they save where frames are skipped
-        context.thread_count = 1 if name == "libdav1d" else 0
+        context.thread_count = 1 if name in _ALONE else 0
     else:
         context.thread_type = "AUTO" if threads > 1 else "NONE"
         context.thread_count = threads
