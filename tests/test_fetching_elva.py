@@ -16,7 +16,9 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 import trustme
+from clips_elva import write_counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +26,7 @@ from elva_hf import fetching_elva
 from elva_hf.errors_elva import VideoError
 from elva_hf.fetching_elva import check_address, check_url, fetch
 from elva_hf.limits_elva import UrlPolicy
+from elva_hf.video_processing_elva import ElvaVideoProcessor
 
 BODY = bytes(range(256)) * 1000
 PUBLIC = UrlPolicy(timeout=5)
@@ -153,6 +156,21 @@ def test_a_download_is_whole_at_its_start_and_in_no_folder(site):
     with fetch(site.serve(whole()), LOCAL) as file:
         assert file.tell() == 0 and file.read() == BODY
         assert isinstance(file.name, int) and os.fstat(file.fileno()).st_nlink == 0
+
+
+@pytest.mark.parametrize("isolate", [False, True])
+def test_a_processor_reads_a_video_from_a_url(site, tmp_path, isolate):
+    clip = write_counter(tmp_path / "clip.mp4", 12)
+    processor = ElvaVideoProcessor(num_frames=4, longest_edge=56)
+    url = site.serve(redirect(site.serve(whole(clip.read_bytes()))), "/moved.mp4")
+    with pytest.raises(VideoError, match="allow_urls"):
+        processor(url)
+    assert not site.connected
+    found = processor(url, allow_urls=LOCAL, isolate=isolate)["pixel_values_videos"]
+    assert torch.equal(found, processor(clip)["pixel_values_videos"])
+    with pytest.raises(VideoError) as caught:  # an address that is not public
+        processor(url, allow_urls=True)
+    assert caught.value.reason == "address"
 
 
 def test_a_request_says_no_more_than_it_must(site):
