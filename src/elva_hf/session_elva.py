@@ -18,7 +18,7 @@ from .errors_elva import VideoError
 LIBRARY_ERRORS = (av.FFmpegError, OSError, ValueError, IndexError)
 """What PyAV raises on files that are not what they should be."""
 
-_ALONE = frozenset({"hevc", "libdav1d"})  # decoders whose threads cost more than they save
+_ALONE = frozenset({"hevc", "libdav1d", "vp9"})  # decoders whose threads cost more than they save
 _COVER = av.stream.Disposition.attached_pic
 _MOST_GAPS = 16  # places where a file is damaged, after which the rest is left
 
