@@ -511,9 +511,10 @@ FAULTS = (
 def copy_tree(folder: Path) -> None:
     """Copy what the tests need: the package, the tests, the settings; no checkpoint's weights."""
     ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.mp4", "*.egg-info")
-    for name in ("src", "tests"):
+    for name in ("src", "tests", "docs", "scripts"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, folder)
 
 
 def run_tests(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
