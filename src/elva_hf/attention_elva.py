@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -35,12 +35,38 @@ class Packing:
         key_lengths: Keys of each sample; its queries are the last of them.
         masks: `(1, 1, queries, keys)` of each sample in its kernel's form; None where plain causal attention will do.
         flash_kwargs: The same for FlashAttention's variable-length kernels; empty for the others.
+        key_index: `(k,)` keys of the row in the order they are read, some more than once; None if each is read once.
     """
 
     query_lengths: list[int]
     key_lengths: list[int]
     masks: list[Tensor | None]
     flash_kwargs: dict[str, Any]
+    key_index: Tensor | None = None
+
+    @classmethod
+    def share(cls, config: PreTrainedConfig, segments: list[list[int]], like: Tensor) -> Packing:
+        """Prepare a packed row whose samples hold a prefix and questions that see it and themselves only.
+
+        A question reads the keys of its prefix again, so no mask of all tokens by all tokens is made.
+
+        Args:
+            config: From `attention_config`.
+            segments: Per sample the tokens of the prefix and of each question.
+            like: A tensor of the decoder's device and dtype.
+        """
+        key_lengths, index, start = [], [], 0
+        for prefix, *questions in segments:
+            shared = torch.arange(start, start + prefix)
+            key_lengths.append(prefix)
+            index.append(shared)
+            start += prefix
+            for question in questions:
+                key_lengths.append(prefix + question)
+                index += [shared, torch.arange(start, start + question)]
+                start += question
+        packing = cls.build(config, [length for sample in segments for length in sample], key_lengths, like)
+        return replace(packing, key_index=torch.cat(index).to(like.device, non_blocking=True))
 
     @classmethod
     def build(cls, config: PreTrainedConfig, query_lengths: list[int], key_lengths: list[int], like: Tensor) -> Packing:
@@ -180,6 +206,8 @@ def attend(
         `(B, N, heads, d)` or `(1, n, heads, d)`, and the kernel's attention weights (None for a packed row).
     """
     run = _find_kernel(kernel, module)
+    if packing is not None and packing.key_index is not None:
+        key, value = key[:, :, packing.key_index], value[:, :, packing.key_index]
     if is_flash(kernel):
         flash_kwargs = packing.flash_kwargs if packing is not None else {}
         return run(_Renamed(module, kernel), query, key, value, attention_mask, **{**kwargs, **flash_kwargs})

@@ -6,6 +6,8 @@ open is listed with its reason in `docs/paper-gaps.md`.
 
 # No `from __future__ import annotations` here: @strict does not check a type that is a string.
 import copy
+import math
+from collections.abc import Mapping
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
@@ -13,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .errors_elva import ConfigurationError
+from .peft_elva import register_lora_targets
 from .schedule_elva import MergeSchedule, check_similarity_threshold, check_target_ratio, plain_schedule
 
 SPECIAL_TOKENS = {
@@ -26,6 +29,46 @@ SPECIAL_TOKENS = {
 """Config key (without `_id`) of each special token, and its default spelling (section 3.1)."""
 
 TOKEN_ID_FIELDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)
+
+GUIDANCE_DEFAULTS = {
+    "tube_weight": 1.0,  # of L_MSE in Eq. 4
+    "frame_weight": 1.0,  # of L_Con in Eq. 4
+    "logit_scale_init": math.log(1 / 0.07),  # log tau of Eq. 3; CLIP's
+    "mask_same_video": False,
+}
+"""Fields of `ElvaConfig.guidance` and their defaults; `teacher_width` has none."""
+
+
+def complete_guidance(guidance: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Check `ElvaConfig.guidance` and fill in its defaults.
+
+    Raises:
+        ConfigurationError: A field is unknown, missing or of the wrong type, or nothing would be learned.
+    """
+    if guidance is None:
+        return None
+    if not isinstance(guidance, Mapping):
+        raise ConfigurationError(f"guidance={guidance!r}: expected None or a dict such as {{'teacher_width': 1152}}.")
+    known = ("teacher_width", *GUIDANCE_DEFAULTS)
+    if unknown := sorted(map(str, guidance.keys() - set(known))):
+        raise ConfigurationError(f"guidance has unknown fields {', '.join(unknown)}; known are {', '.join(known)}.")
+    complete = {**GUIDANCE_DEFAULTS, **guidance}
+    width = complete.get("teacher_width")
+    if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+        raise ConfigurationError(f"guidance: teacher_width={width!r}; expected the width of the teacher's features.")
+    for name in ("tube_weight", "frame_weight", "logit_scale_init"):
+        value = complete[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or (name.endswith("weight") and value < 0):
+            raise ConfigurationError(f"guidance: {name}={value!r}; expected a finite number, for a weight at least 0.")
+    if not isinstance(complete["mask_same_video"], bool):
+        raise ConfigurationError(f"guidance: mask_same_video={complete['mask_same_video']!r}; expected true or false.")
+    if complete["tube_weight"] == complete["frame_weight"] == 0:
+        raise ConfigurationError("guidance: both weights are 0, which teaches nothing; use guidance=None.")
+    return {name: complete[name] for name in known}
+
+
+_COMPLETED = {"merge_schedule": plain_schedule, "guidance": complete_guidance}  # what a field holds of what it is given
 
 
 @strict
@@ -57,6 +100,9 @@ class ElvaConfig(PreTrainedConfig):
         frame_token_id: `<FRAME>`, at the start of each frame (section 3.1).
         line_token_id: `<LINE>`, at the end of each row of patches (section 3.1).
         image_token_id: Placeholder of an image in text; the processor always expands it.
+        guidance: How a vision teacher guides training (section 3.2), or None: `teacher_width`, the weights
+            `tube_weight` (L_MSE) and `frame_weight` (L_Con) of Eq. 4, `logit_scale_init` (logarithm of tau of Eq. 3)
+            and `mask_same_video` (whether frames of one video are no negatives of each other).
 
     Raises:
         ConfigurationError: A value no model can have.
@@ -92,6 +138,7 @@ class ElvaConfig(PreTrainedConfig):
     frame_token_id: int = 151647
     line_token_id: int = 151648
     image_token_id: int = 151649
+    guidance: dict | None = None
     initializer_range: float | int = 0.02
     tie_word_embeddings: bool = False
 
@@ -102,7 +149,14 @@ class ElvaConfig(PreTrainedConfig):
         self.validate_architecture()  # @strict runs it too, but wraps the error in one of its own
 
     def __setattr__(self, key: str, value: Any) -> None:
-        super().__setattr__(key, plain_schedule(value) if key == "merge_schedule" else value)
+        if key in _COMPLETED:
+            value = _COMPLETED[key](value)
+        super().__setattr__(key, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers; PEFT, which reads a configuration through this, learns the default LoRA targets."""
+        register_lora_targets()
+        return super().to_dict()
 
     def resolve_merge_schedule(self, value: Any = None) -> MergeSchedule:
         """The merge schedule for this decoder, with this configuration's threshold and ratio in a preset.

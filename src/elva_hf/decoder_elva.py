@@ -168,6 +168,7 @@ def run_packed(
     schedule: MergeSchedule = NO_MERGING,
     valid: Tensor | None = None,
     frame_index: Tensor | None = None,
+    questions: list[list[int]] | None = None,
     output_hidden_states: bool | int | Sequence[int] = False,
     output_merge_map: bool = False,
     **kwargs: Any,
@@ -185,30 +186,35 @@ def run_packed(
         schedule: When it does.
         valid: `(B, N)` bool on the host, the mask of the new tokens, if the caller has it there.
         frame_index: `(B, N)` frame of each visual token, for the merge map.
+        questions: Per sample the tokens of each question at its end, which sees the prefix before all questions and
+            itself, and nothing of the others; None if every token sees all before it. There is no cache then.
         output_hidden_states: Whether to return the input of every layer, or of which.
         output_merge_map: Whether to return, and keep in the cache, who stands for whom.
         **kwargs: Passed to the layers.
 
     Raises:
-        ConfigurationError: The decoder, its cache or its sliding windows cannot be merged.
+        ConfigurationError: The decoder, its cache or its sliding windows cannot be merged or packed.
     """
     config = decoder.config
     if not can_pack(config):
         raise ConfigurationError(
-            f"{config.model_type!r} decoders cannot be merged; those that can are {', '.join(DECODERS)}. "
-            "Use merge_schedule='none'."
+            f"{config.model_type!r} decoders can be neither merged nor packed; those that can are "
+            f"{', '.join(DECODERS)}. Use merge_schedule='none' and rows of one question."
         )
+    if questions is not None:
+        _refuse_cache(past_key_values, use_cache)
+        use_cache = False
     tubes = tubes if schedule else None
     tokens = inputs_embeds.shape[1]
     if valid is None:
         mask = None if attention_mask is None else attention_mask[:, -tokens:] != 0
         valid = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool) if mask is None else to_host(mask)
-    layout = BatchLayout.read(valid, tokens if tubes is None else tubes.tail, inputs_embeds.device)
+    layout = BatchLayout.read(valid, tokens if tubes is None else tubes.tail, inputs_embeds.device, questions)
     seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     has_past = seen and attention_mask is not None and attention_mask.shape[1] == seen + tokens
     past_mask = attention_mask[:, :seen] != 0 if has_past else None
     cache = _open_cache(decoder, past_key_values, use_cache, tubes is not None, past_mask)
-    if tubes is not None or isinstance(cache, ElvaCache):
+    if tubes is not None or isinstance(cache, ElvaCache) or questions is not None:
         check_window(config, seen + tokens)
     past = _past_masks(cache, past_mask, seen, len(valid), config.num_hidden_layers)
     positions = _positions(position_ids, attention_mask, seen, inputs_embeds)
@@ -394,6 +400,14 @@ def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, seen:
     return torch.arange(seen, seen + tokens, device=like.device)[None]
 
 
+def _refuse_cache(cache: Cache | None, use_cache: bool | None) -> None:
+    if use_cache or (cache is not None and cache.get_seq_length()):
+        raise ConfigurationError(
+            "rows of several questions (segment_ids) are for training and cannot be cached; pass use_cache=False and "
+            "no past_key_values, or one question a row."
+        )
+
+
 def _open_cache(
     decoder: PreTrainedModel,
     cache: Cache | None,
@@ -449,6 +463,8 @@ def _enter_stage(
     past: Tensor | None,
 ) -> tuple[Packing, PackedCache | None]:
     """Prepare what all layers up to the next merge share: masks, and places in the cache."""
+    if layout.questions is not None:
+        return Packing.share(config, layout.segments(state.lengths), state.hidden), None
     if cache is None:
         return Packing.build(config, state.lengths, state.lengths, state.hidden), None
     entry = cache.layers[layer] if isinstance(cache, ElvaCache) else None

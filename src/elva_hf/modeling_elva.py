@@ -30,10 +30,13 @@ from .geometry_elva import (
     VIDEO_START,
     VisualGeometry,
     read_geometry,
+    to_host,
     token_kinds,
     token_kinds_from_embeddings,
 )
+from .guidance_elva import ElvaGuidance
 from .merging_elva import MergeMap
+from .packing_elva import count_questions
 from .schedule_elva import MergeSchedule
 
 LOSS_ROWS = 1024
@@ -91,6 +94,7 @@ class ElvaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False  # a prefill with video reads its geometry on the host
+    _keys_to_ignore_on_load_unexpected = [r"^guidance\."]  # heads of training that are not wanted here
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -99,6 +103,8 @@ class ElvaPreTrainedModel(PreTrainedModel):
             init.normal_(module.special_tokens, std=self.config.initializer_range)
             if module.positions is not None:
                 init.normal_(module.positions, std=self.config.initializer_range)
+        if isinstance(module, ElvaGuidance) and module.logit_scale is not None:
+            init.constant_(module.logit_scale, module.logit_scale_init)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the decoder gets the wrapper of that attention, which knows packed rows."""
@@ -173,6 +179,7 @@ class ElvaModel(ElvaPreTrainedModel):
         use_cache: bool | None = None,
         merge_schedule: MergeScheduleLike | None = None,
         output_merge_map: bool = False,
+        segment_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> ElvaModelOutputWithPast:
         """Run the decoder over text and video.
@@ -188,6 +195,9 @@ class ElvaModel(ElvaPreTrainedModel):
             use_cache: Whether to return keys and values.
             merge_schedule: Overrides `config.merge_schedule`; on a filled cache, for the new tokens only.
             output_merge_map: Whether to return, and keep in the cache, who merged into whom.
+            segment_ids: `(B, N)` for rows of one prefix and many questions: 0 for the prefix, which holds the videos,
+                then 1, 2, ...; a question sees the prefix and itself only. Give `position_ids` that start again after
+                the prefix. Needs no cache and no mask of all by all, and goes with merging.
             **kwargs: Passed to the decoder.
 
         Raises:
@@ -206,6 +216,8 @@ class ElvaModel(ElvaPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if geometry is not None:
             inputs_embeds = self._place_visual_embeddings(inputs_embeds, features, geometry)
+        elif self.training and torch.is_grad_enabled():
+            inputs_embeds = inputs_embeds + self._unused_patch_embedding(inputs_embeds)
         inputs = {
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
@@ -214,21 +226,19 @@ class ElvaModel(ElvaPreTrainedModel):
         }
         can_merge = geometry is not None and geometry.num_patches > 0
         packs = can_merge and (schedule or has_merged(past_key_values) or self._packs_unmerged(inputs, kwargs))
-        if not packs and not has_merged(past_key_values):
+        if not packs and not has_merged(past_key_values) and segment_ids is None:
             outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
             return ElvaModelOutputWithPast(**outputs)
         states = self._take_output_flags(attention_mask, kwargs)
-        if not can_merge:
+        if not can_merge and segment_ids is None:
             outputs = run_padded(self.language_model, **inputs, output_hidden_states=states, **kwargs)
         else:
             outputs = run_packed(
                 self.language_model,
                 **inputs,
                 use_cache=use_cache,
-                tubes=geometry.tubes(schedule.window, schedule.max_run) if schedule else None,
-                schedule=schedule,
-                valid=(geometry.host or geometry).valid,
-                frame_index=geometry.frame_numbers if output_merge_map else None,
+                frame_index=geometry.frame_numbers if output_merge_map and can_merge else None,
+                **self._read_rows(inputs, geometry, schedule, segment_ids),
                 output_hidden_states=states,
                 output_merge_map=output_merge_map,
                 **kwargs,
@@ -239,6 +249,29 @@ class ElvaModel(ElvaPreTrainedModel):
             hidden_states=outputs.hidden_states,
             merge_map=outputs.merge_map,
         )
+
+    def _read_rows(
+        self,
+        inputs: dict[str, Any],
+        geometry: VisualGeometry | None,
+        schedule: MergeSchedule,
+        segment_ids: Tensor | None,
+    ) -> dict[str, Any]:
+        """What a packed forward must know of its rows on the host: padding, what may merge, and questions."""
+        host = None if geometry is None else geometry.host or geometry
+        can_merge = host is not None and host.num_patches > 0
+        rows = {
+            "schedule": schedule,
+            "tubes": geometry.tubes(schedule.window, schedule.max_run) if schedule and can_merge else None,
+            "valid": None if host is None else host.valid,
+        }
+        if segment_ids is None:
+            return rows
+        if host is None:
+            mask, shape = inputs["attention_mask"], inputs["inputs_embeds"].shape[:2]
+            rows["valid"] = torch.ones(shape, dtype=torch.bool) if mask is None else to_host(mask != 0)
+        visual = None if host is None else torch.cat([host.patch_index, host.frame_index, host.line_index])
+        return {**rows, "questions": count_questions(to_host(segment_ids), rows["valid"], visual)}
 
     def _packs_unmerged(self, inputs: dict[str, Any], kwargs: dict[str, Any]) -> bool:
         """Whether a forward with video but without merging runs packed, which spares its padding."""
@@ -337,6 +370,14 @@ class ElvaModel(ElvaPreTrainedModel):
         rows = table(torch.tensor(list(ids.values()), device=inputs_embeds.device)).to(inputs_embeds.dtype)
         return token_kinds_from_embeddings(inputs_embeds, dict(zip(ids, rows, strict=True)))
 
+    def _unused_patch_embedding(self, inputs_embeds: Tensor) -> Tensor:
+        """Zero, through every parameter of the patch embedding: DDP waits for the gradient of each, video or not."""
+        one_patch = torch.tensor([[VIDEO_START, FRAME, PATCH, LINE, VIDEO_END]])
+        geometry = read_geometry(one_patch).to(inputs_embeds.device)
+        pixels = inputs_embeds.new_zeros(1, 3 * self.config.patch_size**2)
+        embeddings = torch.cat(self.patch_embed(self.patch_embed.encode_pixels(pixels), geometry))
+        return (embeddings.sum() * 0.0).to(inputs_embeds.dtype)
+
     def _place_visual_embeddings(self, inputs_embeds: Tensor, features: Tensor, geometry: VisualGeometry) -> Tensor:
         features = features.to(inputs_embeds.device)
         embeddings = torch.cat(self.patch_embed(features, geometry)).to(inputs_embeds.dtype)
@@ -354,6 +395,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = ElvaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.guidance = None if config.guidance is None else ElvaGuidance(config)
         self.post_init()
         self.generation_config.suppress_tokens = config.special_token_ids
 
@@ -362,6 +404,28 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
+
+    def set_guidance(self, guidance: dict[str, Any] | None) -> None:
+        """Add, replace or remove the task heads of a vision teacher (section 3.2); do it before making an optimiser.
+
+        Heads that the new guidance has too, at the same width, keep their weights: the next stage goes on with them.
+
+        Args:
+            guidance: What `ElvaConfig.guidance` may be; None removes the heads.
+
+        Raises:
+            ConfigurationError: `guidance` is malformed.
+        """
+        old = self.guidance.state_dict() if self.guidance is not None else {}
+        self.config.guidance = guidance
+        self.guidance = None
+        if self.config.guidance is None:
+            return
+        heads = ElvaGuidance(self.config)
+        heads.apply(self._init_weights)
+        new = heads.state_dict()
+        heads.load_state_dict(new | {k: v for k, v in old.items() if k in new and v.shape == new[k].shape})
+        self.guidance = heads.to(self.device, self.dtype)
 
     def get_video_features(self, pixel_values_videos: Tensor, **kwargs: Any) -> ElvaVideoFeatures:
         """See `ElvaModel.get_video_features`."""
@@ -443,7 +507,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         rows, targets = hidden.flatten(0, 1)[learned], targets[learned]
         count = num_items_in_batch if num_items_in_batch is not None else max(len(learned), 1)
         if not len(learned):
-            return hidden.sum() * 0.0
+            return (hidden.sum() + self.lm_head(hidden[:, :1]).sum()) * 0.0
 
         def part_of_loss(rows: Tensor, targets: Tensor) -> Tensor:
             return self.loss_function(

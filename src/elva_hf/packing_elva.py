@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache_elva import ElvaDynamicLayer
+from .errors_elva import PlaceholderError
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,29 @@ class BatchLayout:
         valid: `(B, N)` bool on the host, False for padding.
         index: `(n,)` flat place of each packed token in the batch, on the device; None if there is no padding.
         tail: Trailing columns that no merge reaches.
+        questions: Per sample the tokens of each question after the prefix they share; None if rows are plain.
     """
 
     valid: Tensor
     index: Tensor | None
     tail: int
+    questions: list[list[int]] | None = None
 
     @classmethod
-    def read(cls, valid: Tensor, tail: int, device: torch.device) -> BatchLayout:
+    def read(
+        cls, valid: Tensor, tail: int, device: torch.device, questions: list[list[int]] | None = None
+    ) -> BatchLayout:
         """Lay out a batch from its mask on the host."""
         index = None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        return cls(valid, index, tail)
+        return cls(valid, index, tail, questions)
+
+    def segments(self, lengths: list[int]) -> list[list[int]]:
+        """Tokens of the prefix and of each question of samples that now have `lengths` tokens.
+
+        Merging shortens the prefix alone.
+        """
+        each = zip(lengths, self.questions or [[]] * len(lengths), strict=True)
+        return [[length - sum(questions), *questions] for length, questions in each]
 
     def pack(self, padded: Tensor) -> Tensor:
         """`(B, N, ...)` to `(n, ...)`."""
@@ -79,6 +92,40 @@ class BatchLayout:
         tail = self.tail + (old_tail if self.tail == tokens else 0)
         past_columns = None if past is None else past.shape[1]
         return Filing(batch, new.shape[1], tokens, tail, slots, places, past_columns), keys
+
+
+def count_questions(segment_ids: Tensor, valid: Tensor, shared: Tensor | None = None) -> list[list[int]]:
+    """Count the tokens of each question of rows that hold one prefix and questions about it.
+
+    Args:
+        segment_ids: `(B, N)` 0 for the prefix, then 1, 2, ... for the questions; padding is not read.
+        valid: `(B, N)` bool, False for padding.
+        shared: `(P,)` flat places of tokens that must be in a prefix; None for none.
+
+    Raises:
+        PlaceholderError: Segments that do not follow one another, a row without prefix, or a shared token outside it.
+    """
+    if segment_ids.shape != valid.shape:
+        raise PlaceholderError(
+            f"segment_ids has shape {tuple(segment_ids.shape)}; expected {tuple(valid.shape)}, one for each token."
+        )
+    if shared is not None and bool(segment_ids.flatten()[shared].any()):
+        sample = int(shared[segment_ids.flatten()[shared] != 0][0]) // valid.shape[1]
+        raise PlaceholderError(
+            f"sample {sample}: a video stands in a question. Put all videos into the prefix (segment 0), which comes "
+            "before the questions, or make each question a row of its own."
+        )
+    counts = []
+    for sample, (segments, real) in enumerate(zip(segment_ids, valid, strict=True)):
+        segments = segments[real]
+        steps = segments.diff()
+        if not len(segments) or segments[0] != 0 or bool(((steps != 0) & (steps != 1)).any()):
+            raise PlaceholderError(
+                f"sample {sample}: segment_ids must start with the prefix, 0, and count its questions 1, 2, ... in "
+                f"order; got {segments.unique_consecutive().tolist()}."
+            )
+        counts.append(segments.bincount()[1:].tolist())
+    return counts
 
 
 @dataclass(frozen=True)
