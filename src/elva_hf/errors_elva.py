@@ -112,3 +112,7 @@ class ContextOverflowError(ElvaError):
 
 class CheckpointError(ElvaError):
     """A checkpoint folder that cannot be loaded, or is not what it says."""
+
+
+class TrainingError(ElvaError):
+    """A training run that cannot go on: too many bad samples, or steps without a finite gradient."""
