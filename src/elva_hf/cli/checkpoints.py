@@ -57,7 +57,8 @@ def export(
 ) -> None:
     """Make a saved checkpoint ready for the Hub.
 
-    Adds the files with which `trust_remote_code=True` runs the installed package, and prints their names.
+    Adds the files with which `trust_remote_code=True` runs the installed package, takes out what only training needs
+    (the task heads of a vision teacher), and prints the names of the files written.
     """
     from elva_hf.hub import export_hub_files
 

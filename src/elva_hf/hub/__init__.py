@@ -5,15 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from elva_hf.errors_elva import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ENTRY_POINTS = ("configuration_elva.py", "modeling_elva.py", "processing_elva.py")
+
+TRAINING_WEIGHTS = "guidance."
+"""Prefix of the weights that only training needs: the task heads of a vision teacher."""
 
 AUTO_MAP = {
     "AutoConfig": "configuration_elva.ElvaConfig",
@@ -28,7 +37,8 @@ def export_hub_files(folder: str | os.PathLike, card: Mapping[str, Any] | None =
     """Add to a saved checkpoint what lets `trust_remote_code=True` run the installed package.
 
     The three entry points only import elva_hf, so no second copy of the code lives on a hub; where the
-    package is missing, transformers names it.
+    package is missing, transformers names it. The task heads of a vision teacher, which a training checkpoint holds,
+    are taken out.
 
     Args:
         folder: A folder written by `model.save_pretrained` and `processor.save_pretrained`.
@@ -45,7 +55,8 @@ def export_hub_files(folder: str | os.PathLike, card: Mapping[str, Any] | None =
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; save the model and the processor there first.")
     written = [Path(shutil.copy(resources.files(__name__) / name, folder / name)) for name in ENTRY_POINTS]
-    written.append(_update_json(folder / "config.json", {"auto_map": AUTO_MAP}))
+    written += drop_training_weights(folder)
+    written.append(_update_json(folder / "config.json", {"auto_map": AUTO_MAP}, without=("guidance",)))
     processor = json.loads((folder / "processor_config.json").read_text())
     video = {
         **processor.get("video_processor", {}),
@@ -58,6 +69,60 @@ def export_hub_files(folder: str | os.PathLike, card: Mapping[str, Any] | None =
         path.write_text(render_card(card))
         written.append(path)
     return written
+
+
+def drop_training_weights(folder: str | os.PathLike) -> list[Path]:
+    """Rewrite the weight files of a checkpoint without the task heads of a vision teacher.
+
+    Each file is replaced by its successor in one step: an interrupted export can be run again.
+
+    Args:
+        folder: Where `model.save_pretrained` wrote safetensors, in one file or several.
+
+    Returns:
+        The files rewritten; none if there are no such weights.
+    """
+    folder = Path(folder)
+    files = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            if any(map(_is_dropped, names)):
+                files[path] = {name: file.get_tensor(name) for name in names}, file.metadata()
+    dropped = [tensor for weights, _ in files.values() for name, tensor in weights.items() if _is_dropped(name)]
+    written = _drop_from_index(folder / "model.safetensors.index.json", dropped)
+    for path, (weights, metadata) in files.items():
+        kept = {name: tensor for name, tensor in weights.items() if not _is_dropped(name)}
+        if not kept:
+            path.unlink()
+            continue
+        new = path.with_name(f".{path.name}.new")
+        save_file(kept, new, metadata=metadata)
+        os.replace(new, path)
+        written.append(path)
+    return written
+
+
+def _is_dropped(name: str) -> bool:
+    return name.startswith(TRAINING_WEIGHTS)
+
+
+def _drop_from_index(index: Path, dropped: list[Tensor]) -> list[Path]:
+    """Take weights out of the index of a checkpoint in several files."""
+    content = json.loads(index.read_text()) if index.is_file() else {"weight_map": {}}
+    kept = {name: file for name, file in content["weight_map"].items() if not _is_dropped(name)}
+    if len(kept) == len(content["weight_map"]):
+        return []
+    sums = {
+        "total_parameters": sum(tensor.numel() for tensor in dropped),
+        "total_size": sum(tensor.numel() * tensor.element_size() for tensor in dropped),
+    }
+    for key in sums.keys() & content.get("metadata", {}).keys():
+        content["metadata"][key] -= sums[key]
+    new = index.with_name(f".{index.name}.new")
+    new.write_text(json.dumps({**content, "weight_map": kept}, indent=2) + "\n")
+    os.replace(new, index)
+    return [index]
 
 
 def render_card(fields: Mapping[str, Any]) -> str:
@@ -74,6 +139,7 @@ def render_card(fields: Mapping[str, Any]) -> str:
         raise CheckpointError(f"the model card needs the field {error}; its fields are {', '.join(known)}.") from None
 
 
-def _update_json(path: Path, fields: Mapping[str, Any]) -> Path:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}, indent=2) + "\n")
+def _update_json(path: Path, fields: Mapping[str, Any], without: Sequence[str] = ()) -> Path:
+    content = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({key: content[key] for key in content if key not in without}, indent=2) + "\n")
     return path
