@@ -16,7 +16,7 @@ Scenes are pure functions of split and seed; splits never share a scene, and tes
 import io
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from os import PathLike, fspath
@@ -297,8 +297,8 @@ def _luminances() -> dict[str, np.ndarray]:
     return {pattern: np.where(mask, 0.5, 1.0) for pattern, mask in dark.items()}
 
 
-def render(scene: Scene) -> np.ndarray:
-    """Draw a scene as `(T, 64, 64, 3)` uint8 frames, RGB."""
+def render(scene: Scene, colors: Mapping[str, tuple[int, int, int]] = COLORS) -> np.ndarray:
+    """Draw a scene as `(T, 64, 64, 3)` uint8 frames, RGB; `colors` may know more than the world does."""
     noise = np.random.Generator(np.random.PCG64(scene.seed))
     shape = (scene.num_frames, FRAME_SIZE, FRAME_SIZE)
     grain = noise.integers(0, 7, shape[1:], dtype=np.uint8) + noise.integers(0, 4, shape, dtype=np.uint8)
@@ -306,7 +306,7 @@ def render(scene: Scene) -> np.ndarray:
     if scene.digit is not None:
         _draw_digit(frames, scene.digit)
     for thing in scene.objects:
-        _draw_object(frames, thing)
+        _draw_object(frames, thing, colors)
     if scene.flash_frame is not None:
         frames[scene.flash_frame] = 255
     return frames
@@ -320,11 +320,11 @@ def _draw_digit(frames: np.ndarray, digit: SceneDigit) -> None:
     np.maximum(frames[:, rows, columns], image, out=frames[:, rows, columns])
 
 
-def _draw_object(frames: np.ndarray, thing: SceneObject) -> None:
+def _draw_object(frames: np.ndarray, thing: SceneObject, colors: Mapping[str, tuple[int, int, int]] = COLORS) -> None:
     mask = _shape_masks()[thing.shape]
     top, left = thing.jitter[0] + 1, thing.jitter[1] + 1
     luminance = _luminances()[thing.pattern][top : top + OBJECT_SIZE, left : left + OBJECT_SIZE]
-    pixels = luminance[mask][:, None] * (thing.brightness * np.array(COLORS[thing.color]))
+    pixels = luminance[mask][:, None] * (thing.brightness * np.array(colors[thing.color]))
     pixels = pixels.astype(np.uint8)
     for frame in range(thing.entry, len(frames)):
         y, x = CELL_SIZE * thing.cells[frame][0] + top, CELL_SIZE * thing.cells[frame][1] + left
