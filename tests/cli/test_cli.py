@@ -20,6 +20,7 @@ from elva_hf import sampled_elva, video_processing_elva
 from elva_hf.cli import app, loading
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS
+from elva_hf.training.lora import LoraOptions, add_lora
 
 FRAME_OPTIONS = {
     *("--frames", "--high", "--low", "--fps", "--at", "--start", "--end", "--scenes", "--timestamps"),
@@ -32,6 +33,7 @@ OPTIONS = {
     "show": {"--out", "--model", "--question", "--merge-schedule", "--step", "--device", *FRAME_OPTIONS},
     "init": {"--architecture"},
     "export": set(),
+    "train": {"--out", "--dry-run", "--processes", "--list"},
     "demo": set(),
     "doctor": set(),
     "eval": {"--model", "--questions", "--split", "--batch-size", "--out"},
@@ -54,6 +56,24 @@ def test_help_reads_well(command):
     assert "Usage: elva" in text
     assert "..." not in re.sub(r"\{QUESTION\}\.\.\.|COMMAND \[ARGS\]\.\.\.", "", text)  # nothing is cut short
     assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_an_adapter_answers_as_its_model_does(folder, clip, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    adapted = add_lora(model, LoraOptions(r=2, lora_alpha=4))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    adapted.save_pretrained(tmp_path / "adapter")
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path / "merged")
+    options = ("--max-new-tokens", 6, "--device", "cpu")
+    answers = [
+        rows(succeeds("ask", clip, QUESTION, "--model", tmp_path / name, *options), "answer")
+        for name in ("adapter", "merged")
+    ]
+    assert answers[0] == answers[1] != rows(succeeds("ask", clip, QUESTION, "--model", folder, *options), "answer")
 
 
 def test_ask_answers_as_the_pipeline_does(folder, clip):

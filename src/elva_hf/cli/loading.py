@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 VIDEO_FIELDS = ("patch_size", "longest_edge", "low_res_longest_edge", "num_high_res_frames", "num_low_res_frames")
 """What a model's configuration tells its video processor."""
 
+ADAPTER_FILE = "adapter_config.json"
+"""What PEFT writes beside an adapter's weights; the base model is named in it."""
+
 MAX_NEW_TOKENS = 256
 """Most tokens of an answer, unless the command says otherwise."""
 
@@ -198,8 +201,8 @@ def find_checkpoint(model: str | None) -> str:
         return str(tiny_checkpoint())
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(f"{model} has no config.json; name the folder of a saved model.")
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER_FILE)):
+            raise CheckpointError(f"{model} has no config.json; name the folder of a saved model or adapter.")
         return model
     if path.exists():
         raise CheckpointError(f"{model} is a file; name the folder of a saved model.")
@@ -208,8 +211,17 @@ def find_checkpoint(model: str | None) -> str:
     return model
 
 
+def find_base_model(checkpoint: str) -> str:
+    """The folder or Hub id with the configuration of a checkpoint: its own, or, of an adapter, its base model's."""
+    adapter = Path(checkpoint) / ADAPTER_FILE
+    if (Path(checkpoint) / "config.json").is_file() or not adapter.is_file():
+        return checkpoint
+    with explained(checkpoint):
+        return json.loads(adapter.read_text())["base_model_name_or_path"]
+
+
 def load_config(checkpoint: str) -> ElvaConfig:
-    """Load the configuration of a checkpoint.
+    """Load the configuration of a checkpoint, or of the base model of an adapter.
 
     Raises:
         CheckpointError: It belongs to another kind of model.
@@ -217,7 +229,7 @@ def load_config(checkpoint: str) -> ElvaConfig:
     from transformers import AutoConfig
 
     with explained(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(find_base_model(checkpoint))
     if config.model_type != "elva":
         raise CheckpointError(
             f"{checkpoint} is a {config.model_type!r} model, not 'elva'; 'elva init' builds one on a text model."
