@@ -54,10 +54,12 @@ def test_commands_and_options_are_a_promise():
 def test_help_reads_well(command):
     text = succeeds(*command, "--help")
     assert "Usage: elva" in text
-    assert "..." not in re.sub(r"\{QUESTION\}\.\.\.|COMMAND \[ARGS\]\.\.\.", "", text)  # nothing is cut short
+    repeated = r"\{QUESTION\}\.\.\.|COMMAND \[ARGS\]\.\.\.|\[KEY=VALUE\]\.\.\."
+    assert "..." not in re.sub(repeated, "", text)  # nothing is cut short
     assert all(len(line) <= 80 for line in text.splitlines())
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks
 def test_an_adapter_answers_as_its_model_does(folder, clip, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder)
     adapted = add_lora(model, LoraOptions(r=2, lora_alpha=4))

@@ -149,7 +149,7 @@ def describe(task: Task, report: CheckReport, name: str, limit: int) -> Iterator
         yield f"doubles   {report.num_double_ids} ids and {report.num_double_rows} contents that another row has too"
     yield ""
     yield from _describe_tokens(report)
-    yield f"context  {limit} of {name}: {report.problems['context']} rows are beyond it"
+    yield f"context  {limit} of {name}: {report.num_beyond} rows are beyond it"
     if report.errors:
         yield ""
         yield from report.errors

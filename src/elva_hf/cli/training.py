@@ -12,11 +12,11 @@ from elva_hf.errors_elva import ConfigurationError
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Name of a shipped recipe, or path of a YAML file.")
+        str | None, typer.Argument(metavar="RECIPE", help="Name of a shipped recipe, or path of a YAML file.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Fields to change, such as training.max_steps=9."),
+        typer.Argument(metavar="KEY=VALUE", help="Fields to change, such as training.max_steps=9."),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Instead of the recipe's output_dir.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, and stop.")] = False,
@@ -28,7 +28,7 @@ def train(
     """Train a model as RECIPE says.
 
     Prints what it will do, checks all of it, and only then loads weights. On several GPUs start it with accelerate
-    launch --config_file zero2.yaml -m elva_hf.cli train RECIPE ..., or with torchrun. Started again, it goes on from
+    launch --config_file zero2.yaml -m elva_hf.cli train RECIPE KEY=VALUE, or with torchrun. Started again, it goes on from
     the last complete checkpoint.
     """
     from elva_hf.training.recipe import list_recipes, read_kind
