@@ -10,6 +10,7 @@ forget nearly all else; clips of what it knew (replay) in the mixture prevent th
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -90,7 +91,7 @@ def command(out: Path, sources: dict[str, Path], steps: int, batch_size: int) ->
         "training.per_device_train_batch_size": batch_size,
         "training.bf16": "false",
         "training.use_cpu": "true",
-        "data.num_workers": 0,
+        "data.num_workers": 1,
     }
     for name, path in sources.items():
         fields |= {f"data.sources.{name}.path": path, f"data.sources.{name}.independent_turns": "true"}
@@ -142,7 +143,8 @@ def teach(options: argparse.Namespace, replay: bool) -> tuple[Path, float]:
     run = options.out / ("adapter" if replay else "adapter_without_replay")
     line = command(run, sources, options.steps, options.batch_size)
     print("elva " + " ".join(line), flush=True)
-    subprocess.run([sys.executable, "-m", "elva_hf.cli", *line], check=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # a model this small gains nothing from more
+    subprocess.run([sys.executable, "-m", "elva_hf.cli", *line], check=True, env=one_thread)
     return run / "model", time.monotonic() - started
 
 

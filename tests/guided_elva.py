@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import torch
+from clips_elva import byte_tokenizer
 from tiny_elva import PAD, pixels, tiny_model, video, words
 from transformers import TrainingArguments
+
+from elva_hf.training.guidance import GuidanceCallback
 
 WIDTH = 6
 GUIDANCE = {"teacher_width": WIDTH}
@@ -21,6 +24,11 @@ LAYOUTS = (
 """Frames' grids of the videos of each sample: none, one or several, of one or several grids."""
 
 
+def eight_bits(patches, mean=0.5, std=0.5):
+    """Pixels as a processor with this mean and deviation gives them; a teacher gets their 8 bits back."""
+    return None if patches is None else (((patches + 2) * 64).clamp(0, 255).round() / 255 - mean) / std
+
+
 def sample(number, layout):
     """One training sample: ids, labels of the last words, pixels, and what a teacher would say."""
     ids = words(1 + number % 3, number)
@@ -33,7 +41,7 @@ def sample(number, layout):
     return {
         "ids": ids + answer,
         "labels": len(ids) * [-100] + answer,
-        "pixels": pixels(ids, number),
+        "pixels": eight_bits(pixels(ids, number)),
         "tubes": torch.randn(clips, 2, 2, WIDTH, generator=generator),
         "frames": torch.randn(frames, WIDTH, generator=generator),
         "number": number,
@@ -92,6 +100,36 @@ def arguments(folder, **options):
     return TrainingArguments(**{**fields, **options})
 
 
+TAKEN_BY_TRL = (
+    *("output_dir", "max_steps", "learning_rate", "lr_scheduler_type", "optim", "max_grad_norm", "logging_steps"),
+    *("train_sampling_strategy", "save_strategy", "report_to", "remove_unused_columns", "use_cpu", "disable_tqdm"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_pin_memory", "fp16"),
+    "ddp_find_unused_parameters",
+)
+
+
+def sft_trainer(model, args, hook, **options):
+    """TRL's trainer over the samples with the settings of `arguments`; its rows are the numbers of the samples."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            **{name: getattr(args, name) for name in TAKEN_BY_TRL},
+            dataset_kwargs={"skip_prepare_dataset": True},
+            gradient_checkpointing=False,
+            bf16=False,
+            max_length=None,
+        ),
+        train_dataset=Dataset.from_list([{"number": number} for number in range(len(SAMPLES))]),
+        data_collator=lambda rows: collate([SAMPLES[row["number"]] for row in rows]),
+        processing_class=byte_tokenizer(),
+        callbacks=[GuidanceCallback(hook)],
+        **options,
+    )
+
+
 class DrawnTeacher:
     """Stands for a `VisualTeacher`: a fixed random projection of each frame's mean colours on a 2x2 grid."""
 
@@ -103,7 +141,8 @@ class DrawnTeacher:
     def to(self, device):
         return self
 
-    def features(self, frames):
-        self.calls += 1
-        colors = [torch.as_tensor(frame).float().mean((1, 2)) for frame in frames]
-        return (torch.stack(colors)[:, None, None].expand(-1, 2, 2, -1) @ self.projection).contiguous()
+    def each(self, videos):
+        for frames in videos:
+            self.calls += 1
+            colors = torch.stack([frame.float().mean((1, 2)) / 255 for frame in frames])
+            yield (colors @ self.projection)[:, None, None].expand(-1, 2, 2, -1)

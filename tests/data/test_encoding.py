@@ -9,10 +9,10 @@ import torch
 from clips_elva import byte_tokenizer
 from saved_elva import build_checkpoint, draw_frames, write_clip
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from elva_hf.data import encoding
-from elva_hf.data.encoding import EncodedSample, check_template, count_text_tokens, encode_row, plan_row
+from elva_hf.data.encoding import EncodedSample, check_template, encode_row, plan_row
 from elva_hf.data.packing import IGNORED, restart_positions
 from elva_hf.errors_elva import ConfigurationError, ContextOverflowError, ElvaError, VideoError
 from elva_hf.processing_elva import ElvaProcessor
@@ -196,23 +196,6 @@ def test_a_plan_is_the_length_of_the_sample_and_decodes_nothing(toy, name, optio
     assert plan_row(row, toy, **options) == expected
 
 
-@pytest.mark.parametrize("name", [*CHATS, "independent"])
-def test_text_is_counted_without_opening_a_video(processor, name, tmp_path):
-    messages = CHATS.get(name, INDEPENDENT)
-    row = {"messages": messages, "independent_turns": name == "independent"}
-    sample = encode_row(row, processor)
-    frames = sum(rows * (cols + 1) + 1 for video in sample.grids for rows, cols in video)
-    expected = (len(sample) - frames, int((sample.labels != IGNORED).sum()))
-    gone = [dict(message) for message in messages]
-    for message in gone:
-        if not isinstance(message["content"], str):
-            message["content"] = [
-                {"type": block["type"], "path": str(tmp_path / "gone")} if block["type"] != "text" else block
-                for block in message["content"]
-            ]
-    assert count_text_tokens({**row, "messages": gone}, processor) == expected
-
-
 INDEPENDENT = [
     {"role": "system", "content": "Be brief."},
     user(VIDEO, text("what is it?")),
@@ -382,6 +365,8 @@ def test_an_answer_does_not_merge_with_what_the_template_writes_after_it():
     processor = ElvaProcessor.from_tokenizer(greedy_tokenizer(), chat_template=template, **SIZES)
     sample = encode_row({"messages": [user("what?"), says("red"), user("so?"), says("blue")]}, processor)
     assert processor.tokenizer.decode(sample.labels[sample.labels != IGNORED]) == "red\nblue\n"
+    learnt = sample.labels != IGNORED
+    assert torch.equal(sample.labels[learnt], sample.input_ids[learnt])
     assert processor.tokenizer.decode(sample.input_ids) == "what?\n<eos>red\n\nso?\n<eos>blue\n\n"
 
 
@@ -403,6 +388,12 @@ def test_rows_are_not_changed(toy):
     assert row["messages"][0]["content"][0]["video"] is video
     assert row["messages"][1] == says([text("b")])
     np.testing.assert_array_equal(video, draw_frames(1))
+
+
+def test_a_tokenizer_that_closes_every_text_is_refused():
+    processor = ElvaProcessor.from_tokenizer(ByT5Tokenizer(), **SIZES)
+    with pytest.raises(ElvaError, match="ByT5Tokenizer writes this row otherwise in parts"):
+        encode_row({"messages": CHATS["one video"]}, processor)
 
 
 def test_a_tokenizer_that_splits_parts_otherwise_is_found_out(toy, monkeypatch):

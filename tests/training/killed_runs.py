@@ -21,25 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tiny_elva import batch, pixels, tiny_model, video, with_pixels, words
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from elva_hf.training import checkpoints
 from elva_hf.training.checkpoints import SafeCheckpoints, last_complete_checkpoint
+from elva_hf.training.nonfinite import NonFiniteGuard
 
+SECONDS = 40
 GRIDS = (((2, 2), (2, 2)), ((1, 2),), ((2, 1), (2, 1), (2, 1)), ())
-KILL_POINTS = (
-    "after the first file",
-    "inside a file",
-    "before the manifest",
-    "inside the manifest",
-    "before the rename",
-    "after the rename",
-    "while deleting an older one",
-    "after the deletion",
-)
 
 
 class Samples(Dataset):
@@ -98,15 +90,11 @@ def arguments(folder, **options):
 def trainer(folder, kind=T, callbacks=(), model=None, **options):
     set_seed(1)
     model = tiny_model(text={"attention_dropout": 0.1}) if model is None else model
-    dataset = Samples()
-    return kind(
-        model=model,
-        args=arguments(folder, **options),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        data_collator=collate,
-        callbacks=[*callbacks],
-    )
+    data = {"train_dataset": Samples(), "eval_dataset": Samples(), "data_collator": collate}
+    args = arguments(folder, **options)
+    if options.get("fsdp"):  # accelerate leaves a model whole where it sees processes on CPUs
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return kind(model=model, args=args, callbacks=[*callbacks], **data)
 
 
 def digest(value):
@@ -122,6 +110,7 @@ def digest(value):
             for item in part:
                 visit(item)
         elif isinstance(part, torch.Tensor):
+            part = part.to_local() if hasattr(part, "to_local") else part
             found.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             found.update(repr(part).encode())
@@ -160,138 +149,159 @@ class Signal(TrainerCallback):
             self.pipe = None
 
 
-def die():
+class Spoil(TrainerCallback):
+    """Make the gradients of chosen steps NaN on this rank, and keep digests of the parameters after each step."""
+
+    def __init__(self, steps):
+        self.steps, self.found = steps, []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        spoilt = state.global_step in self.steps
+        self.handle = model.register_forward_hook(lambda *call: spoil(call[-1])) if spoilt else None
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        moments = optimizer.state_dict()
+        self.found.append([digest(model.state_dict()), digest(moments.get("state", moments))])
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def spoil(outputs):
+    outputs["loss"] = outputs["loss"] * float("nan")
+
+
+def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
-def die_at(point, save):
-    """Arrange in this process for its own death inside its `save`-th save (counted from 1)."""
-    seen = {"saves": 0}
+def die_in_a_file(value, path, *args, **kwargs):
+    Path(path).write_bytes(b"half a file")
+    die()
 
-    def wrap(owner, name, before=None, after=None):
-        inner = getattr(owner, name)
 
-        def wrapped(*args, **kwargs):
-            due = seen["saves"] == save
-            if due and before is not None:
-                before(*args, **kwargs)
-            result = inner(*args, **kwargs)
-            if due and after is not None:
-                after(*args, **kwargs)
-            return result
-
-        setattr(owner, name, wrapped)
-
-    save_checkpoint = T._save_checkpoint
-
-    def count_saves(self, *args, **kwargs):
-        seen["saves"] += 1
-        save_checkpoint(self, *args, **kwargs)
-
-    T._save_checkpoint = count_saves
-
-    def cut(value, path, *args, **kwargs):
-        Path(path).write_bytes(b"half a file")
+def die_in_the_manifest(path, text, *args, **kwargs):
+    if path.name == checkpoints.MANIFEST:
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
         die()
 
-    def half_manifest(path, text, *args, **kwargs):
-        if path.name == checkpoints.MANIFEST:
-            with path.open("w") as file:
-                file.write(text[: len(text) // 2])
-            die()
 
-    def deleting(path, *args, **kwargs):
-        if Path(path).name.startswith("deleted-"):
-            next(Path(path).iterdir()).unlink()
-            die()
+def die_deleting(path, *args, **kwargs):
+    if Path(path).name.startswith("deleted-"):
+        next(Path(path).iterdir()).unlink()
+        die()
 
-    match point:
-        case "after the first file":
-            wrap(T, "_save_optimizer_and_scheduler", before=lambda *args, **kwargs: die())
-        case "inside a file":
-            wrap(torch, "save", before=cut)
-        case "before the manifest":
-            wrap(checkpoints, "seal_checkpoint", before=lambda *args, **kwargs: die())
-        case "inside the manifest":
-            wrap(Path, "write_text", before=half_manifest)
-        case "before the rename":
-            wrap(checkpoints, "_publish", before=lambda *args, **kwargs: die())
-        case "between the renames":
-            wrap(os, "rename", after=lambda *args, **kwargs: die())
-        case "after the rename":
-            wrap(checkpoints, "_publish", after=lambda *args, **kwargs: die())
-        case "while deleting an older one":
-            wrap(checkpoints, "_remove", before=deleting)
-        case "after the deletion":
-            wrap(checkpoints, "_rotate", after=lambda *args, **kwargs: die())
-        case _:
-            raise ValueError(point)
+
+DEATHS = {  # owner and name of a function, what to do before its call and after
+    "after the first file": (T, "_save_optimizer_and_scheduler", die, None),
+    "inside a file": (torch, "save", die_in_a_file, None),
+    "before the manifest": (checkpoints, "seal_checkpoint", die, None),
+    "inside the manifest": (Path, "write_text", die_in_the_manifest, None),
+    "before the rename": (checkpoints, "_publish", die, None),
+    "after the rename": (checkpoints, "_publish", None, die),
+    "while deleting an older one": (checkpoints, "_remove", die_deleting, None),
+    "after the deletion": (checkpoints, "_rotate", None, die),
+}
+KILL_POINTS = tuple(DEATHS)
+
+
+def die_at(point, save):
+    """Arrange in this process for its own death inside its `save`-th save (counted from 1)."""
+    owner, name, before, after = DEATHS[point]
+    inner, save_checkpoint, saves = getattr(owner, name), T._save_checkpoint, []
+
+    def wrapped(*args, **kwargs):
+        due = len(saves) == save
+        if due and before:
+            before(*args, **kwargs)
+        result = inner(*args, **kwargs)
+        if due and after:
+            after()
+        return result
+
+    def count_saves(self, *args, **kwargs):
+        saves.append(self.state.global_step)
+        save_checkpoint(self, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+    T._save_checkpoint = count_saves
 
 
 def child(order, pipe, rank):
-    folder = Path(order["folder"])
-    world = order.get("world", 1)
-    if world > 1:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(order["port"]),
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
+    world = str(order.get("world", 1))
+    if world != "1":
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(order["port"]), "GLOO_SOCKET_IFNAME": "lo"}
+        os.environ |= ranks | address | order.get("environment", {})
     kill = order.get("kill") or {}
     if "point" in kill and rank == 0:
         die_at(kill["point"], kill["save"])
     if rank == order.get("full_rank"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # less than the random generators' state
-    run = trainer(folder, callbacks=[Signal(pipe, kill.get("step"))], **order.get("options", {}))
-    found = last_complete_checkpoint(folder)
+    spoiled = Spoil(order.get("spoil", []) if rank == 1 else [])
+    callbacks = [Signal(pipe, kill.get("step")), *([NonFiniteGuard(), spoiled] if "spoil" in order else [])]
+    run = trainer(order["folder"], callbacks=callbacks, **order.get("options", {}))
+    found = last_complete_checkpoint(order["folder"])
     started = time.monotonic()
     run.train(resume_from_checkpoint=found)
     resumed = None if found is None else found.name
-    return {**outcome(run), "resumed": resumed, "seconds": time.monotonic() - started}
+    answer = {"resumed": resumed, "seconds": time.monotonic() - started, "states": spoiled.found}
+    return outcome(run) | answer | {"model_class": type(run.model_wrapped).__name__}
+
+
+def fork(order, rank, pipe, answer):
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(f"{order['folder']}.log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    status = 0
+    try:
+        answer.write_text(json.dumps(child(order, pipe, rank)))
+    except Exception as error:
+        answer.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        status = 1
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def wait(pid, seconds):
+    """Status of a child, which is killed after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return status
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def serve_one(order):
-    world = order.get("world", 1)
     reading, writing = os.pipe()
-    answers = [Path(f"{order['folder']}.answer-{rank}.json") for rank in range(world)]
-    pids = []
-    for rank in range(world):
-        answers[rank].unlink(missing_ok=True)
-        pid = os.fork()
-        if pid == 0:
-            os.close(reading)
-            log = os.open(f"{order['folder']}.log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            status = 0
-            try:
-                answers[rank].write_text(json.dumps(child(order, writing, rank)))
-            except Exception as error:
-                answers[rank].write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}))
-                status = 1
-                with contextlib.suppress(OSError):
-                    traceback.print_exc()
-            with contextlib.suppress(OSError):
-                sys.stdout.flush()
-            os._exit(status)
-        pids.append(pid)
-    os.close(writing)
     kill = order.get("kill") or {}
+    answers = [Path(f"{order['folder']}.answer-{rank}.json") for rank in range(order.get("world", 1))]
+    for path in answers:
+        path.unlink(missing_ok=True)
+    pids = [fork(order, rank, writing, path) for rank, path in enumerate(answers)]
+    os.close(writing)
+    doomed = []
     if "step" in kill and os.read(reading, 1):
         time.sleep(kill["after"])
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-    elif "point" in kill and world > 1:
+        doomed = pids
+    elif "point" in kill:
         os.waitid(os.P_PID, pids[0], os.WEXITED | os.WNOWAIT)
-        for pid in pids[1:]:
-            os.kill(pid, signal.SIGKILL)
+        doomed = pids[1:]
+    for pid in doomed:
+        os.kill(pid, signal.SIGKILL)
     os.close(reading)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    if all(os.WIFSIGNALED(status) for status in statuses):
+    statuses = [wait(pid, SECONDS) for pid in pids]
+    if os.WIFSIGNALED(statuses[0]):  # the other rank may have ended by itself when this one was gone
         return {"killed": True}
     found = [json.loads(path.read_text()) if path.exists() else {"error": "no answer"} for path in answers]
     return {"killed": False, "ranks": found, **found[0]}

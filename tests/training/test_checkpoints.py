@@ -200,7 +200,7 @@ def evaluated(folder, values, **options):
     class Evaluated(T):
         def evaluate(self, *args, **kwargs):
             metrics = {"eval_loss": values.pop(0)}
-            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
             return metrics
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4, **options}

@@ -1,5 +1,7 @@
 """Real gloo processes against one process with everything; three are started, once for all tests."""
 
+import multiprocessing
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -87,7 +89,8 @@ def work(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(work, (str(folder),), nprocs=3)
+    multiprocessing.set_forkserver_preload(["elva_hf.training.losses"])  # imported once for all three
+    mp.start_processes(work, (str(folder),), nprocs=3, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(3)]
 
 

@@ -24,7 +24,7 @@ def test_accelerate_reads_a_configuration_whole(name):
 
     path = str(LAUNCH / f"{name}.yaml")
     read = load_config_from_file(path).to_dict()
-    for key, value in yaml.safe_load(open(path)).items():
+    for key, value in yaml.safe_load((LAUNCH / f"{name}.yaml").read_text()).items():
         assert read[key] == value, key
     assert read["mixed_precision"] == "bf16"
 

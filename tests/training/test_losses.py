@@ -239,8 +239,22 @@ def test_low_precision_and_autocast_are_computed_in_float32():
     assert exact.dtype == contrast.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_type_is_brought_to_the_student(dtype):
+    student, teacher, shape = example((SQUARE, HYBRID), dtype=torch.float32)
+    teacher = teacher.to(dtype)
+    frames, targets = torch.randn(4, 5), torch.randn(4, 5).to(dtype)
+    for ours, theirs in (
+        (tube_alignment_loss(student, teacher, shape), tube_alignment_loss(student, teacher.float(), shape)),
+        (negative_cosine_loss(frames, targets), negative_cosine_loss(frames, targets.float())),
+        *[[frame_contrastive_loss(frames, part, torch.ones(1)) for part in (targets, targets.float())]],
+    ):
+        assert ours.dtype == torch.float32
+        assert ours.equal(theirs)
+
+
 @pytest.mark.parametrize(
-    ("patches", "teacher"), [(3, (1, 2, 2, 5)), (4, (2, 2, 2, 5)), (4, (1, 2, 2, 6)), (4, (1, 4, 5))]
+    ("patches", "teacher"), [(3, (1, 2, 2, 5)), (4, (2, 2, 2, 5)), (4, (1, 2, 2, 6)), (4, (1, 4, 5)), (4, (4, 5))]
 )
 def test_tubes_that_do_not_belong_together_are_refused(patches, teacher):
     with pytest.raises(ConfigurationError, match=r"expected \("):

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_elva import tiny_model
-from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from elva_hf.errors_elva import ConfigurationError, TrainingError
@@ -92,13 +90,21 @@ def test_the_state_of_gradients_does_not_overflow(gradients, state):
     assert int(gradient_state([torch.tensor(values) for values in gradients])) == state
 
 
-@pytest.mark.parametrize("factor", [math.nan, math.inf, -math.inf, 1e38])
-@pytest.mark.parametrize("clip", [1.0, 0.0])
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
+@pytest.mark.parametrize(
+    ("factor", "clip", "optimizer"),
+    [
+        (math.nan, 1.0, "adamw_torch"),
+        (math.inf, 1.0, "adamw_torch"),
+        (-math.inf, 0.0, "adamw_torch"),
+        (math.nan, 0.0, "adamw_torch_fused"),
+        (1e38, 1.0, "adamw_torch_fused"),  # finite; its norm is not, and clipping makes zeros of it
+        (math.inf, 1.0, "adafactor"),
+        (math.nan, 1.0, "sgd"),
+    ],
+)
 def test_a_spoiled_step_changes_nothing(tmp_path, factor, clip, optimizer):
     """The second micro-batch of steps 3 and 4 is spoiled."""
     options = {"max_grad_norm": clip, "optim": optimizer, "weight_decay": 0.1}
-    factor = factor if clip or abs(factor) != 1e38 else math.inf  # without clipping 1e38 is a number like any other
     made, guard, states = guarded(tmp_path, {5: factor, 7: factor}, **options)
     made.train()
     assert states[1] == states[2] == states[3]
@@ -150,9 +156,12 @@ def test_the_record_names_step_reason_samples_and_losses(tmp_path, caplog):
 
 def test_a_nan_of_the_model_itself_is_recorded_as_a_string(tmp_path):
     made, _, _ = guarded(tmp_path, {})
-    handle = made.model.model.register_forward_hook(
-        lambda module, inputs, outputs: outputs.last_hidden_state.mul_(math.nan if made.state.global_step == 1 else 1)
-    )
+
+    def spoil(module, inputs, outputs):
+        if made.state.global_step == 1:
+            outputs.last_hidden_state = outputs.last_hidden_state * math.nan
+
+    handle = made.model.model.register_forward_hook(spoil)
     made.train()
     handle.remove()
     (record,) = records(tmp_path)

@@ -1,4 +1,5 @@
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -144,13 +145,22 @@ def test_larger_frames_are_resized_as_the_image_processor_does(family, saved, te
 
 
 def test_resized_pixels_are_those_of_pillow_to_a_level():
-    frames = torch.from_numpy(draw_frames(2, 2, 48, 80)).permute(0, 3, 1, 2)  # sharp edges: bicubic overshoots
+    frames = torch.from_numpy(draw_frames(2, 2, 48, 80)).permute(0, 3, 1, 2)
     for name, number in (("bicubic", Image.Resampling.BICUBIC), ("bilinear", Image.Resampling.BILINEAR)):
         settings = PixelSettings((28, 28), (0.0,) * 3, (1.0,) * 3, name)
         ours = prepare_frames(list(frames), settings) * 255
         for frame, mine in zip(frames, ours, strict=True):
             pillow = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((28, 28), number)
             assert np.abs(np.asarray(pillow, np.float32).transpose(2, 0, 1) - mine.numpy()).max() <= 1.01
+
+
+def test_overshoot_at_black_and_white_edges_is_cut_off():
+    frame = 255 * (torch.from_numpy(draw_frames(2, 1, 48, 80))[0].permute(2, 0, 1) > 125).to(torch.uint8)
+    ours = prepare_frames([frame], PixelSettings((28, 28), (0.0,) * 3, (1.0,) * 3, "bicubic"))[0] * 255
+    pillow = Image.fromarray(frame.permute(1, 2, 0).numpy()).resize((28, 28), Image.Resampling.BICUBIC)
+    error = np.abs(np.asarray(pillow, np.float32).transpose(2, 0, 1) - ours.numpy())
+    assert ours.min() == 0 and ours.max() == 255
+    assert error.mean() < 0.2 and error.max() < 12  # Pillow cuts off after rows and again after columns
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -226,6 +236,31 @@ def test_chunks_change_nothing(teachers, monkeypatch):
     watch.remove()
     assert sizes == [3, 3, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_short_videos_are_seen_together_and_come_out_apart(teachers, monkeypatch):
+    videos = [list(draw(count, 28, seed=count)) for count in (1, 2, 1, 5, 1)]
+    expected = [teachers["siglip"].features(video) for video in videos]
+    sizes = []
+    watch = teachers["siglip"].tower.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    monkeypatch.setattr("elva_hf.training.teacher.FRAMES_PER_CHUNK", 4)
+    found = list(teachers["siglip"].each(iter(videos)))
+    watch.remove()
+    assert sizes == [4, 4, 1, 1]  # 1 + 2 + 1, 5, 1
+    for maps, alone in zip(found, expected, strict=True):
+        torch.testing.assert_close(maps, alone, rtol=1e-5, atol=1e-5)
+    assert list(teachers["siglip"].each([])) == []
+
+
+def test_videos_of_a_video_tower_do_not_see_each_other(teachers):
+    videos = [list(draw(count, 32, seed=count)) for count in (1, 3)]
+    found = list(teachers["vjepa2"].each(videos))
+    assert [
+        torch.equal(maps, teachers["vjepa2"].features(video)) for maps, video in zip(found, videos, strict=True)
+    ] == [
+        True,
+        True,
+    ]
 
 
 def test_floats_and_bytes_are_the_same_frames(teachers):
@@ -323,6 +358,14 @@ def test_a_tower_saved_alone_is_the_same_teacher(family, saved, teachers, tmp_pa
 def test_only_the_vision_tower_is_kept(family, teachers):
     names = [name for name, _ in teachers[family].tower.model.named_parameters()]
     assert names and not any("text" in name or "predictor" in name for name in names)
+
+
+def test_loading_says_nothing_of_the_weights_it_leaves_out(saved, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    VisualTeacher.from_pretrained(saved["siglip"][0])
+    assert "LOAD REPORT" not in caplog.text
+    transformers.SiglipVisionModel.from_pretrained(saved["siglip"][0])
+    assert "LOAD REPORT" in caplog.text  # nothing stays silenced
 
 
 def test_the_tower_inside_a_whole_videoprism_is_found(tmp_path):

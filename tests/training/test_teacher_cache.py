@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from elva_hf.errors_elva import CheckpointError, ConfigurationError
@@ -164,6 +165,21 @@ def test_half_written_shards_are_no_part_of_the_cache(tmp_path):
     assert_holds(tmp_path, [1, 2])
 
 
+def test_a_shard_is_not_seen_while_it_is_written(tmp_path, monkeypatch):
+    write(tmp_path, [1])
+    seen = []
+
+    def look(tensors, path, metadata):
+        path.write_bytes(b"half")
+        seen.append(len(TeacherCache(path.parent)))
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("elva_hf.training.teacher_shards.save_file", look)
+    write(tmp_path, [2])
+    assert seen == [1]
+    assert_holds(tmp_path, [1, 2])
+
+
 def test_a_full_disk_leaves_whole_shards_only(tmp_path, monkeypatch):
     write(tmp_path, [1])
 
@@ -230,6 +246,12 @@ def test_a_cache_checks_a_teacher_and_a_student(tmp_path):
         cache.check(replace(SPEC, layer=-5), PATCH_SIZE)
     with pytest.raises(ConfigurationError, match="patch_size 4 against 28"):
         cache.check(None, 28)
+
+
+def test_the_same_weights_in_another_place_write_to_the_same_folder(tmp_path):
+    write(tmp_path, [1])
+    write(tmp_path, [2], teacher=replace(SPEC, path="/elsewhere/siglip", revision="main"))
+    assert_holds(tmp_path, [1, 2])
 
 
 def test_a_shard_of_another_teacher_put_into_the_folder_is_refused(tmp_path):

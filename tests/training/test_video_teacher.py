@@ -28,7 +28,7 @@ from elva_hf.training.video_teacher import (
     train_video_teacher,
 )
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = {**VISION, "max_position_embeddings": 16}
 PIXELS = PixelSettings((32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic")
 STEPS = 40
@@ -63,7 +63,8 @@ def tower(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = build_toy_tokenizer()
     config = transformers.SiglipConfig(
-        vision_config={**VISION, "image_size": 32, "patch_size": 8}, text_config={**TEXT, "vocab_size": len(tokenizer)}
+        vision_config={**VISION, "image_size": 32, "patch_size": 8},
+        text_config={**TEXT, "vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None},
     )
     transformers.SiglipModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -75,7 +76,8 @@ def make_recipe(captions, tower, **fields):
     training = TrainingSection(
         batch_size=8,
         per_device_train_batch_size=8,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
+        warmup_ratio=0.1,
         max_steps=STEPS,
         bf16=False,
         use_cpu=True,

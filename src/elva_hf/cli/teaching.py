@@ -185,7 +185,7 @@ def _run(
     from elva_hf.training.teacher_cache import TeacherCacheWriter
     from elva_hf.training.teaching import RowsToTeach, teach
 
-    rows = Mixture([replace(source, weight=None, repeat=1.0) for source in lesson.sources], seed=lesson.seed)
+    rows = Mixture([replace(source, weight=None, repeat=1.0) for source in lesson.sources], lesson.seed, shuffle=False)
     named = (lesson.teacher, lesson.revision, lesson.layer, lesson.teacher_dtype)
     if named not in known:
         with loading.explained(lesson.teacher):

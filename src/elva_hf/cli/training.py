@@ -28,8 +28,8 @@ def train(
     """Train a model as RECIPE says.
 
     Prints what it will do, checks all of it, and only then loads weights. On several GPUs start it with accelerate
-    launch --config_file zero2.yaml -m elva_hf.cli train RECIPE KEY=VALUE, or with torchrun. Started again, it goes on from
-    the last complete checkpoint.
+    launch --config_file zero2.yaml -m elva_hf.cli train RECIPE KEY=VALUE, or with torchrun. Started again, it goes on
+    from the last complete checkpoint.
     """
     from elva_hf.training.recipe import list_recipes, read_kind
 

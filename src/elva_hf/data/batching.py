@@ -6,139 +6,103 @@ be planned ahead, so millions of rows need no pass over them before training.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from elva_hf.data.datasets import BAD
-from elva_hf.data.encoding import plan_row
+from elva_hf.data.lengths import PlannedLengths
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.options_elva import check_whole
-from elva_hf.processing_elva import ElvaProcessor
 
-UNREADABLE = 1
-"""Length of a row that cannot be read; another one will replace it."""
-
-_UNKNOWN = 0
 _ROUNDS = 4
-_FINGERPRINTED_ROWS = 64
-
-Plan = Callable[[int], int]
+_CHUNK = 4096
 
 
-class PlannedLengths:
-    """Tokens of rows, planned when they are asked for and kept in a file beside the run.
+class EpochDataset(Protocol):
+    """A data set that knows its epoch."""
 
-    The file's name holds a fingerprint of the rows and of all that decides on their tokens, so that it never speaks for
-    other data. Its memory is mapped, not held.
+    epoch: int
+
+    def __len__(self) -> int: ...
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class ShuffledSampler(Sampler[int]):
+    """Indices of a data set in the order of a seed and the epoch, the same on every rank.
+
+    It keeps no epoch of its own but that of the data set: accelerate tells a new epoch to the one or to the other,
+    depending on whether a run is resumed and on how many devices.
 
     Args:
-        rows: Anything with `__len__` and `__getitem__` that gives rows.
-        processor: Of the model.
-        folder: Where the file lies; None holds the lengths in memory, four bytes a row.
-        num_workers: Processes that plan ahead; 0 plans when asked.
-        **options: Of the video processor, as the data set has them.
+        dataset: With `epoch` and `set_epoch`, an `ElvaDataset` for example.
+        seed: Of the order.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Mapping[str, Any]],
-        processor: ElvaProcessor,
-        *,
-        folder: str | os.PathLike[str] | None = None,
-        num_workers: int = 0,
-        **options: Any,
-    ):
-        self._plan = partial(plan_index, rows, processor, options)
-        self.num_workers = num_workers
-        self.path = None
-        if folder is not None:
-            self.path = Path(folder) / f"lengths-{fingerprint_rows(rows, processor, options)}.npy"
-        self._lengths = np.zeros(len(rows), np.int32) if self.path is None else _map_lengths(self.path, len(rows))
-        self._pool: ProcessPoolExecutor | None = None
-        self._pending: list[tuple[np.ndarray, Future]] = []
+    def __init__(self, dataset: EpochDataset, *, seed: int = 0):
+        self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.dataset)
 
-    def __call__(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of some rows, `(n,)`; `UNREADABLE` for one that cannot be read."""
-        self.prepare(indices)
-        for missing, planned in self._pending:
-            self._lengths[missing] = planned.result()
-        self._pending = []
-        missing = self._missing(indices)
-        self._lengths[missing] = [self._plan(index) for index in missing.tolist()]
-        return np.array(self._lengths[indices])
+    def __iter__(self) -> Iterator[int]:
+        size, epoch = len(self), self.epoch
+        for start in range(0, size, _CHUNK):
+            places = np.arange(start, min(start + _CHUNK, size))
+            yield from permute(places, size, seed=self.seed, epoch=epoch).tolist()
 
-    def prepare(self, indices: np.ndarray) -> None:
-        """Begin to plan some rows in the worker processes, if there are any, and do not wait."""
-        missing = self._missing(indices)
-        for pending, _ in self._pending:
-            missing = np.setdiff1d(missing, pending)
-        if not self.num_workers or not len(missing):
-            return
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # a fork would copy threads and devices
-            self._pool = ProcessPoolExecutor(self.num_workers, context, _start_worker, (self._plan,))
-        for part in np.array_split(missing, min(len(missing), 4 * self.num_workers)):
-            self._pending.append((part, self._pool.submit(_plan_in_worker, part.tolist())))
+    @property
+    def epoch(self) -> int:
+        """That of the data set."""
+        return self.dataset.epoch
 
-    def close(self) -> None:
-        """End the worker processes."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-        self._pool, self._pending = None, []
-
-    def _missing(self, indices: np.ndarray) -> np.ndarray:
-        return np.unique(indices[self._lengths[indices] == _UNKNOWN])
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch it is; `Trainer` does."""
+        self.dataset.set_epoch(epoch)
 
 
-class LengthGroupedSampler(Sampler[int]):
+class LengthGroupedSampler(ShuffledSampler):
     """Indices in an order in which the samples of a step have about the same number of tokens.
 
     Every rank gets the same order, of which accelerate gives each its share of every step; `Trainer` skips what a
     resumed run has seen.
 
     Args:
+        dataset: As in `ShuffledSampler`.
         lengths: `PlannedLengths`, or the tokens of every sample.
         batch_size: Samples of a step: those of one device times the number of devices.
         seed: Of the order.
         window: Steps whose samples are sorted together.
     """
 
-    def __init__(self, lengths: PlannedLengths | Sequence[int], batch_size: int, *, seed: int = 0, window: int = 50):
+    def __init__(
+        self,
+        dataset: EpochDataset,
+        lengths: PlannedLengths | Sequence[int],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        window: int = 50,
+    ):
+        super().__init__(dataset, seed=seed)
         check_whole(batch_size, "batch_size", "samples")
         check_whole(window, "window", "steps")
-        self.lengths = lengths if isinstance(lengths, PlannedLengths) else np.asarray(lengths)
-        self.batch_size, self.seed, self.window, self.epoch = batch_size, seed, window, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        self.lengths = _check_lengths(lengths, len(dataset))
+        self.batch_size, self.window = batch_size, window
 
     def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch
         for number, (indices, lengths) in enumerate(
-            windows(self.lengths, self.window * self.batch_size, self.seed, self.epoch)
+            windows(self.lengths, self.window * self.batch_size, self.seed, epoch)
         ):
             order = indices[np.argsort(lengths, kind="stable")]
             # a step that is not full stays the last one, and is one of short samples
             first = len(order) % self.batch_size
             full = order[first:].reshape(-1, self.batch_size)
-            shuffled = np.random.default_rng((self.seed, self.epoch, number)).permutation(len(full))
+            shuffled = np.random.default_rng((self.seed, epoch, number)).permutation(len(full))
             yield from np.concatenate([full[shuffled].ravel(), order[:first]]).tolist()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Say which epoch it is; `Trainer` does."""
-        self.epoch = epoch
 
 
 class TokenBudgetBatchSampler(Sampler[list[int]]):
@@ -148,6 +112,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
     only at the end: give `Trainer` `max_steps`.
 
     Args:
+        dataset: As in `ShuffledSampler`.
         lengths: `PlannedLengths`, or the tokens of every sample.
         max_tokens: Of a batch: its longest sample times the number of samples.
         seed: Of the order.
@@ -158,6 +123,7 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
+        dataset: EpochDataset,
         lengths: PlannedLengths | Sequence[int],
         max_tokens: int,
         *,
@@ -170,23 +136,30 @@ class TokenBudgetBatchSampler(Sampler[list[int]]):
             check_whole(value, name, {"max_tokens": "tokens", "window": "samples"}.get(name, "ranks"))
         if not 0 <= rank < num_replicas:
             raise ConfigurationError(f"rank is {rank}; give 0 to {num_replicas - 1}.")
-        self.lengths = lengths if isinstance(lengths, PlannedLengths) else np.asarray(lengths)
-        self.max_tokens, self.seed, self.window, self.epoch = max_tokens, seed, window, 0
+        self.dataset, self.lengths = dataset, _check_lengths(lengths, len(dataset))
+        self.max_tokens, self.seed, self.window = max_tokens, seed, window
         self.num_replicas, self.rank = num_replicas, rank
 
     def __iter__(self) -> Iterator[list[int]]:
-        for number, (indices, lengths) in enumerate(windows(self.lengths, self.window, self.seed, self.epoch)):
+        epoch = self.dataset.epoch
+        for number, (indices, lengths) in enumerate(windows(self.lengths, self.window, self.seed, epoch)):
             order = np.argsort(lengths, kind="stable")
             batches = cut_batches(lengths[order], self.max_tokens)
             batches = fill_steps(batches, self.num_replicas)
             steps = [batches[i : i + self.num_replicas] for i in range(0, len(batches), self.num_replicas)]
-            for step in np.random.default_rng((self.seed, self.epoch, number)).permutation(len(steps)):
+            for step in np.random.default_rng((self.seed, epoch, number)).permutation(len(steps)):
                 start, end = steps[step][self.rank]
                 yield indices[order[start:end]].tolist()
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch it is."""
-        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+
+def _check_lengths(lengths: PlannedLengths | Sequence[int], count: int) -> PlannedLengths | np.ndarray:
+    if len(lengths) != count:
+        raise ConfigurationError(f"{len(lengths)} lengths for {count} samples; give the length of every sample.")
+    return lengths if isinstance(lengths, PlannedLengths) else np.asarray(lengths)
 
 
 def windows(
@@ -288,72 +261,3 @@ def fill_steps(batches: list[tuple[int, int]], num_replicas: int) -> list[tuple[
         else:
             batches[largest : largest + 1] = [(start, (start + end) // 2), ((start + end) // 2, end)]
     return batches
-
-
-def plan_index(rows: Sequence[Mapping[str, Any]], processor: ElvaProcessor, options: dict[str, Any], index: int) -> int:
-    """Tokens of a row; `UNREADABLE` if it cannot be read, which the data set will say when its turn comes."""
-    try:
-        return plan_row(rows[index], processor, **options)
-    except BAD:
-        return UNREADABLE
-
-
-_worker_plan: list[Plan] = []
-
-
-def _start_worker(plan: Plan) -> None:
-    _worker_plan.append(plan)
-
-
-def _plan_in_worker(indices: list[int]) -> list[int]:
-    return [_worker_plan[0](index) for index in indices]
-
-
-def fingerprint_rows(rows: Sequence[Any], processor: ElvaProcessor, options: Mapping[str, Any]) -> str:
-    """16 hexadecimal digits for rows and all that decides on their tokens; of many rows 64 are looked at.
-
-    Args:
-        rows: Their own `fingerprint` is taken if they have one.
-        processor: Of the model.
-        options: Of the video processor.
-    """
-    own = getattr(rows, "fingerprint", None)
-    chosen = np.linspace(0, len(rows) - 1, min(len(rows), _FINGERPRINTED_ROWS)).astype(int).tolist()
-    facts = {
-        "rows": len(rows),
-        "content": own if isinstance(own, str) else [_read_row(rows, index) for index in chosen],
-        "video_processor": processor.video_processor.to_dict(),
-        "chat_template": processor.chat_template,
-        "tokenizer": [len(processor.tokenizer), processor.tokenizer("What happens in 12 frames?")["input_ids"]],
-        "options": dict(options),
-    }
-    text = json.dumps(facts, sort_keys=True, default=_describe)
-    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=8).hexdigest()
-
-
-def _read_row(rows: Sequence[Any], index: int) -> Any:
-    try:
-        return rows[index]
-    except BAD as error:
-        return str(error)
-
-
-def _describe(value: Any) -> str:
-    """What JSON does not know, in a way that is the same in every process."""
-    content = hashlib.blake2b(np.ascontiguousarray(value).tobytes()).hexdigest() if hasattr(value, "shape") else ""
-    return f"{type(value).__name__} {getattr(value, 'shape', '')} {content or repr(value)}"
-
-
-def _map_lengths(path: Path, count: int) -> np.ndarray:
-    """The file of lengths as an array, made anew if it is not there or cut."""
-    try:
-        found = np.load(path, mmap_mode="r+")
-        if found.shape == (count,) and found.dtype == np.int32:
-            return found
-    except (OSError, ValueError):
-        pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    begun = path.with_name(f"{path.name}.{os.getpid()}")
-    np.lib.format.open_memmap(begun, "w+", np.int32, (count,)).flush()
-    os.replace(begun, path)
-    return np.load(path, mmap_mode="r+")

@@ -93,6 +93,7 @@ class RowFacts:
         digest: Of its messages.
         media: Of its videos and images.
         tokens: Of the kinds of `COUNTS` that could be counted.
+        is_beyond: Whether it has more tokens than a row may have.
         is_decoded: Whether its media were decoded.
     """
 
@@ -103,6 +104,7 @@ class RowFacts:
     digest: bytes | None = None
     media: list[Medium] = field(default_factory=list)
     tokens: dict[str, int] = field(default_factory=dict)
+    is_beyond: bool = False
     is_decoded: bool = False
 
 
@@ -114,6 +116,7 @@ class CheckReport:
         num_rows: Rows in it.
         num_checked: Rows that were looked at.
         num_decoded: Rows whose media were decoded.
+        num_beyond: Rows with more tokens than a row may have; no problem with `overflow="fit"`, which takes less of it.
         problems: How many rows have a problem, by kind.
         errors: The first of them, each in one line.
         tokens: By kind the numbers of all rows that are good, or only too long.
@@ -129,6 +132,7 @@ class CheckReport:
     num_rows: int = 0
     num_checked: int = 0
     num_decoded: int = 0
+    num_beyond: int = 0
     problems: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -160,6 +164,7 @@ class CheckReport:
             "num_checked": self.num_checked,
             "num_decoded": self.num_decoded,
             "num_bad": self.num_bad,
+            "num_beyond": self.num_beyond,
             "problems": dict(self.problems),
             "errors": self.errors,
             "tokens": {kind: self.distribution(kind) for kind in COUNTS},
@@ -212,6 +217,7 @@ class RowInspector(Dataset):
         self.indices = chosen_rows(len(rows), options.num_rows, options.seed)
         number = min(options.num_decoded, len(self.indices))
         self.decoded = set(chosen_rows(len(self.indices), number, options.seed + 1)) if number else set()
+        self._budgets = options.video_processor.resolve_budgets(**options.video)
         self._known: dict[Any, Medium] = {}
 
     def __len__(self) -> int:
@@ -243,7 +249,8 @@ class RowInspector(Dataset):
             longest = text.longest + marks + visual
         facts.tokens = tokens
         limit = self.options.context_length
-        if limit is not None and longest > limit:
+        facts.is_beyond = limit is not None and longest > limit
+        if facts.is_beyond and self._budgets.overflow == "error":
             facts.kind = "context"
             raise ElvaError(f"{longest} tokens, and the context has {limit}; take fewer or smaller frames.")
         facts.kind = None
@@ -306,24 +313,21 @@ def count_text(row: Row, processor: ElvaProcessor) -> TextCount:
     side = processor.video_processor.patch_size
     stubs = {"video": np.zeros((1, side, side, 3), np.uint8), "image": np.zeros((side, side, 3), np.uint8)}
     messages = [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": block["type"], block["type"]: stubs[block["type"]]} if block["type"] in stubs else block
-                for block in content_blocks(message)
-            ],
-        }
+        {"role": message["role"], "content": [_stub(block, stubs) for block in content_blocks(message)]}
         for message in row["messages"]
     ]
-    sample = encode_row(
-        {**row, "messages": messages}, processor, num_frames=1, timestamps=False, high_res_selection="uniform"
-    )
+    sample = encode_row({**row, "messages": messages}, processor, num_frames=1, timestamps=False)
     frames = count_video_tokens([(1, 1)], borders=False) * len(media_blocks(row))
     return TextCount(
         total=len(sample) - frames,
         answer=int((sample.labels != IGNORED).sum()),
         longest=max(map(len, sample.unpack())) - frames,
     )
+
+
+def _stub(block: dict[str, Any], stubs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    kind = block["type"]
+    return {"type": kind, kind: stubs[kind]} if kind in stubs else block
 
 
 def digest_messages(row: Row) -> bytes:
@@ -359,6 +363,7 @@ def _add(report: CheckReport, facts: RowFacts, ids: set[int], contents: set[int]
             return
     report.num_without_media += not facts.media
     report.num_decoded += facts.is_decoded
+    report.num_beyond += facts.is_beyond
     for kind, number in facts.tokens.items():
         report.tokens.setdefault(kind, []).append(number)
     for medium in facts.media:

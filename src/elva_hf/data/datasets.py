@@ -179,7 +179,7 @@ class ElvaDataset(Dataset):
             TooManyBadSamples: More are bad than may be.
         """
         index = range(len(self))[index]
-        epoch = int(self._epoch)
+        epoch = self.epoch
         candidates = substitutes(index, len(self), seed=self._encoding.seed, epoch=epoch)
         for candidate, following in pairwise(candidates):
             row: Any = None
@@ -195,8 +195,13 @@ class ElvaDataset(Dataset):
                 return self._encoding.change(sample, epoch)
         raise self.bad_samples.stop(f"the last {MAX_TRIES} of them one after another", last) from last
 
+    @property
+    def epoch(self) -> int:
+        """The epoch, as all processes see it."""
+        return int(self._epoch)
+
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch it is; accelerate and `Trainer` do."""
+        """Say which epoch it is; accelerate does, or our samplers do for it."""
         self._epoch.fill_(epoch)
         if hasattr(self.rows, "set_epoch"):
             self.rows.set_epoch(epoch)

@@ -18,8 +18,6 @@ from elva_hf.frames_elva import Grid
 from elva_hf.placeholders_elva import PerSample
 from elva_hf.processing_elva import ElvaProcessor
 
-ROW_KEYS = ("messages", "id", "independent_turns")
-
 _SEAM = mark_control_tokens("x", re.compile("x"))[-1]  # alone, it breaks a text for the tokenizer and leaves no token
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
@@ -137,7 +135,10 @@ def encode_row(row: Mapping[str, Any], processor: ElvaProcessor, *, index: int =
     videos = list(_visual_runs(ids, processor))
     encoded = [_insert_videos(conversation, videos, processor) for conversation in conversations]
     if encoded[longest][0] != ids:
-        raise ElvaError("the tokenizer splits this row otherwise in parts than as a whole; its labels are unknown.")
+        raise ElvaError(
+            f"{type(processor.tokenizer).__name__} writes this row otherwise in parts than as a whole, so labels are "
+            "unknown; take a tokenizer that adds no token at the end of a text, as those of decoders do."
+        )
     segments = None
     if len(encoded) > 1:
         input_ids, labels, segments = share_prefix(encoded, processor.video_end_token_id)
@@ -159,57 +160,18 @@ def plan_row(row: Mapping[str, Any], processor: ElvaProcessor, **options: Any) -
     Raises:
         ElvaError: All that `encode_row` raises before it decodes.
     """
-    text, media = _read_text(row, processor)
-    num_borders = 2 * sum(map(len, media.values()))
-    around = text.longest - num_borders
-    plan = processor.plan(media["video"] or None, media["image"] or None, text_tokens=around, **options)
-    return text.num_tokens + plan.num_tokens - text.longest
-
-
-def count_text_tokens(row: Mapping[str, Any], processor: ElvaProcessor) -> tuple[int, int]:
-    """Tokens of a row without its frames, and how many of them are learnt; no video or image is opened.
-
-    The two borders of each video count; what independent questions share counts once.
-
-    Args:
-        row: As in `encode_row`.
-        processor: Likewise.
-
-    Raises:
-        ConfigurationError: The template does not mark the assistant's turns.
-        ElvaError: The row is no chat, or the assistant says nothing in it.
-    """
-    text, _ = _read_text(row, processor)
-    return text.num_tokens, text.num_learnt
-
-
-@dataclass(frozen=True)
-class _TextCount:
-    """Tokens of a row without its frames.
-
-    Args:
-        num_tokens: All of them.
-        num_learnt: With a label.
-        longest: Of its longest conversation.
-    """
-
-    num_tokens: int
-    num_learnt: int
-    longest: int
-
-
-def _read_text(row: Mapping[str, Any], processor: ElvaProcessor) -> tuple[_TextCount, dict[str, list[Any]]]:
-    """Count the text of a row, and take its videos and images."""
     chats = _read_row(row)
     conversations = [_tokenize(_render(chat, processor), processor) for chat in chats]
     media = {kind: items for kind, (items,) in take_media(chats[:1]).items()}
+    num_borders = 2 * sum(map(len, media.values()))
     longest = max(len(conversation.ids) for conversation in conversations)
+    around = longest - num_borders
+    plan = processor.plan(media["video"] or None, media["image"] or None, text_tokens=around, **options)
     num_tokens = len(conversations[0].ids)
     if len(conversations) > 1:
         parts = [(conversation.ids, conversation.labels) for conversation in conversations]
         num_tokens = len(share_prefix(parts, processor.video_end_token_id)[0])
-    num_learnt = sum(label != IGNORED for conversation in conversations for label in conversation.labels)
-    return _TextCount(num_tokens, num_learnt, longest), media
+    return num_tokens + plan.num_tokens - longest
 
 
 def check_template(processor: ElvaProcessor) -> str:

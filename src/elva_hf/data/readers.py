@@ -21,7 +21,7 @@ from elva_hf.data.records import JoinedRecords, JsonRecords, RecordList, Records
 from elva_hf.data.rows import MediaRoot, Origin, Row, RowError, check_clip
 from elva_hf.data.schemas import SCHEMAS, Conversion, detect_schema
 from elva_hf.data.shards import TarRecords
-from elva_hf.data.tables import TableRecords, is_stream, is_table, one_split, open_parquet, open_saved
+from elva_hf.data.tables import TableRecords, is_stream, is_table, open_parquet, open_saved
 from elva_hf.errors_elva import ConfigurationError, ElvaError
 
 FORMATS = (*SCHEMAS, "llama_factory")
@@ -186,7 +186,8 @@ class StreamRows:
     """
 
     def __init__(self, table: Any, options: ReadOptions, num_rows: int | None = None):
-        self.table, self.num_rows = one_split(table).decode(False), num_rows
+        self.table = table if table.features is None else table.decode(False)
+        self.num_rows = num_rows
         first = islice(self.records(), NUM_DETECTED) if options.format is None else ()
         schema = options.format or detect_schema(first, type(table).__name__)
         self.conversion = options.conversion(schema, "")
@@ -261,9 +262,7 @@ def check_files(files: Sequence[str]) -> None:
 def _open_records(files: Sequence[str], options: ReadOptions) -> Records:
     kind = _kind(files[0])
     if kind == "parquet":
-        return RecordList(
-            open_parquet(files), os.path.basename(files[0]) if len(files) == 1 else os.path.dirname(files[0])
-        )
+        return TableRecords(open_parquet(files), os.path.basename(files[0]) if len(files) == 1 else "parquet")
     if kind == "tar":
         return JoinedRecords([TarRecords(file, options.ignore_keys) for file in files])
     if kind == "json":
@@ -286,6 +285,7 @@ def _open_json(file: str) -> JsonRecords:
 def _open_dataset_info(file: str, options: ReadOptions) -> Rows:
     entry = read_dataset_info(file, options.dataset)
     files = list_files(entry.path)
+    check_files(files)
     records = _open_records(files, options)
     base = options.conversion(entry.schema, os.path.dirname(file))
     conversion = replace(base, columns=entry.columns, roles=entry.roles, turn_keys=entry.turn_keys)

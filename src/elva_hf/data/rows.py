@@ -12,6 +12,7 @@ harmless.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any
 from elva_hf.chat_elva import MEDIA_KEYS
 from elva_hf.errors_elva import ElvaError
 from elva_hf.frames_elva import FrameSampling
-from elva_hf.options_elva import CLIP_FIELDS, meant
+from elva_hf.options_elva import CLIP_FIELDS
 from elva_hf.source_elva import shown
 
 Row = dict[str, Any]
@@ -294,7 +295,7 @@ def check_clip(options: Mapping[str, Any]) -> None:
     FrameSampling(**{name: value for name, value in options.items() if name != "high_res_selection"})
 
 
-def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str, fix: str = "") -> None:
     """Refuse a key that is not known and whose value is not None.
 
     Raises:
@@ -302,7 +303,9 @@ def refuse_unknown(given: Mapping[str, Any], known: Sequence[str], where: str) -
     """
     for key, value in given.items():
         if key not in known and value is not None:
-            raise ElvaError(f"{where} has the unknown key {quote(key)};{meant(str(key)[:_LONGEST_SHOWN], known)}")
+            close = difflib.get_close_matches(str(key)[:_LONGEST_SHOWN], known, n=1, cutoff=0.8)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}."
+            raise ElvaError(f"{where} has the unknown key {quote(key)}; {hint}{fix}")
 
 
 def _is_time(value: Any) -> bool:

@@ -38,6 +38,7 @@ ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+_IGNORE = " Name it in ignore_keys to read past it."
 _PLACEHOLDER = re.compile(r"\n?(<video>|<image>)\n?")
 
 
@@ -144,7 +145,7 @@ def read_messages(record: Record, conversion: Conversion) -> Any:
     media = [key for key in MEDIA_COLUMNS if _is_given(record.get(key))]
     if media:
         raise ElvaError(f"a row of messages holds {media[0]!r} beside them; set format: swift for lists of media.")
-    refuse_unknown(record, ("messages", "independent_turns", *METADATA_KEYS), "the row")
+    refuse_unknown(record, ("messages", "independent_turns", *METADATA_KEYS), "the row", _IGNORE)
     messages = record.get("messages")
     if not conversion.ignore_keys or not isinstance(messages, Sequence) or isinstance(messages, str):
         return messages
@@ -156,7 +157,7 @@ def read_llava(record: Record, conversion: Conversion) -> list[dict[str, Any]]:
 
     In a record that has videos and no images `<image>` stands for a video, as LLaVA-Video writes it.
     """
-    refuse_unknown(record, ("conversations", "system", *MEDIA_COLUMNS, *METADATA_KEYS), "the record")
+    refuse_unknown(record, ("conversations", "system", *MEDIA_COLUMNS, *METADATA_KEYS), "the record", _IGNORE)
     turns = [*_system(record), *_turns(record.get("conversations"), "conversations", conversion)]
     return _place_media(turns, record, any_kind=True)
 
@@ -168,7 +169,7 @@ def read_swift(record: Record, conversion: Conversion) -> list[dict[str, Any]]:
     of which a video or image without a source takes the next of its list, as TRL writes it.
     """
     known = ("messages", "query", "response", "history", "system", *MEDIA_COLUMNS, *METADATA_KEYS)
-    refuse_unknown(record, known, "the record")
+    refuse_unknown(record, known, "the record", _IGNORE)
     if "messages" in record:
         turns = [*_system(record), *_turns(record["messages"], "messages", conversion)]
     else:
@@ -179,7 +180,7 @@ def read_swift(record: Record, conversion: Conversion) -> list[dict[str, Any]]:
 def read_alpaca(record: Record, conversion: Conversion) -> list[dict[str, Any]]:
     """`instruction`, `input`, `output`, `system`, `history` (LLaMA-Factory), media in lists."""
     known = ("instruction", "input", "output", "system", "history", *MEDIA_COLUMNS, *METADATA_KEYS)
-    refuse_unknown(record, known, "the record")
+    refuse_unknown(record, known, "the record", _IGNORE)
     asked = [_text(record.get(key, ""), key) for key in ("instruction", "input")]
     question = "\n".join(part for part in asked if part)
     return _place_media(_pairs(record, question, record.get("output"), ("instruction", "output")), record)
@@ -187,7 +188,7 @@ def read_alpaca(record: Record, conversion: Conversion) -> list[dict[str, Any]]:
 
 def read_caption(record: Record, conversion: Conversion) -> list[dict[str, Any]]:
     """`caption` of one video or image: the medium, `caption_prompt` if there is one, and the caption as the answer."""
-    refuse_unknown(record, ("caption", *MEDIA_COLUMNS, *METADATA_KEYS), "the record")
+    refuse_unknown(record, ("caption", *MEDIA_COLUMNS, *METADATA_KEYS), "the record", _IGNORE)
     media = _media(record)
     if not any(media.values()):
         raise ElvaError("a caption without a video or image; name it under 'video' or 'image'.")
@@ -227,7 +228,7 @@ def _turns(turns: Any, name: str, conversion: Conversion) -> Iterator[dict[str, 
             raise ElvaError(f"{where} is {kind_of(turn)}; expected a mapping with a role and a text.")
         turn = _without(turn, conversion.ignore_keys)
         pair = conversion.turn_keys or (("from", "value") if "from" in turn else ("role", "content"))
-        refuse_unknown(turn, pair, where)
+        refuse_unknown(turn, pair, where, _IGNORE)
         role = turn.get(pair[0])
         if not isinstance(role, str) or role not in conversion.roles:
             raise ElvaError(f"{where} is by {quote(role)}; expected {', '.join(conversion.roles)}.")

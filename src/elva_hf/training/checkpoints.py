@@ -224,6 +224,8 @@ class SafeCheckpoints:
         parameters = list(self.model.parameters())
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         size = sum(map(_num_bytes, trained if hasattr(self.model, "peft_config") else parameters))
+        if self.is_fsdp_enabled and "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            size *= 2  # for from_pretrained and for FSDP
         if self.args.save_only_model:
             return size
         if self.is_deepspeed_enabled:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -19,6 +18,7 @@ from transformers.utils import logging
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.geometry_elva import VisualGeometry, read_geometry
 from elva_hf.modeling_elva import ElvaForCausalLM
+from elva_hf.training.components import ComponentMeans, world_size
 from elva_hf.training.grad_cache import FrameFeatures
 from elva_hf.training.losses import (
     LossComponents,
@@ -52,6 +52,7 @@ class _Call:
     is_scaled: bool = False  # whether the model's loss is already divided by the labels of the whole step
     is_bypassed: bool = False  # whether the trainer makes its own loss of what the model returns
     terms: LossComponents | None = None
+    logit_scale: Tensor | None = None
 
 
 class HookHandle:
@@ -109,7 +110,7 @@ class GuidanceHook:
         self._handle: HookHandle | None = None
         self._call = _Call()
         self._collected: list[FrameFeatures] | None = None
-        self._forget()
+        self._means = ComponentMeans()
 
     def attach(self, model: nn.Module) -> HookHandle:
         """Install the hooks; those of an earlier call are removed.
@@ -129,43 +130,28 @@ class GuidanceHook:
         handles = (
             outer.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True),
             self._student.model.register_forward_hook(self._inside, with_kwargs=True),
-            outer.register_forward_hook(self._after, prepend=True),  # FSDP2 still has the parameters then
+            outer.register_forward_hook(self._after, prepend=True),  # before FSDP2 sees where backward begins
         )
-        self._forget()
-        self._handle = HookHandle([*(handle.remove for handle in handles), self._forget_model])
+        self._means = ComponentMeans()
+        self._handle = HookHandle([*(handle.remove for handle in handles), self._forget])
         return self._handle
 
     @property
     def components(self) -> dict[str, Tensor]:
-        """Means over optimiser steps since they were last taken, and the latest tau; scalars of this process.
-
-        `loss_gen`, `loss_mse`, `loss_con`, each unweighted, and `logit_scale`; only those in use.
-        """
-        means = {name: total / max(self._steps, 1e-9) for name, total in self._sums.items()}
-        return means if self._scale is None else {**means, "logit_scale": self._scale}
+        """Of this process: means of `loss_gen`, `loss_mse` and `loss_con` over optimiser steps, and the latest tau."""
+        return self._means.means
 
     def take_components(self) -> dict[str, float]:
         """Mean of `components` over all processes, each of which must call this; starts new means."""
-        means = self.components
-        self._forget()
-        if not means:
-            return {}
-        values = torch.stack([value.float().flatten()[0] for value in means.values()])
-        if world_size() > 1:
-            dist.all_reduce(values)
-            values = values / world_size()
-        return dict(zip(means, values.tolist(), strict=True))
+        return self._means.take()
 
     def state_dict(self) -> dict[str, Any]:
         """What `components` are made of, as plain numbers, to go on in the middle of a logging window."""
-        scale = None if self._scale is None else float(self._scale)
-        return {"sums": {name: float(v) for name, v in self._sums.items()}, "steps": self._steps, "logit_scale": scale}
+        return self._means.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self._sums = {name: torch.tensor(value) for name, value in state["sums"].items()}
-        self._steps = state["steps"]
-        self._scale = None if state["logit_scale"] is None else torch.tensor(state["logit_scale"])
+        self._means.load_state_dict(state)
 
     def log_components(self, logs: Mapping[str, float]) -> dict[str, float]:
         """`take_components` for the logs of a trainer; a loss that it made without our terms is put right."""
@@ -188,13 +174,11 @@ class GuidanceHook:
         return collected[0]
 
     def _forget(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._steps, self._scale = 0.0, None
-
-    def _forget_model(self) -> None:
         self._student, self._handle, self._call = None, None, _Call()
 
     def _check_attached(self, guidance: dict[str, Any]) -> None:
+        if self._student.guidance is None:
+            raise ConfigurationError("config.guidance is set, but the model has no heads; use model.set_guidance.")
         width = guidance["teacher_width"]
         if self.teacher is not None and self.teacher.spec.width != width:
             raise ConfigurationError(
@@ -232,8 +216,7 @@ class GuidanceHook:
                 return
             tubes = None if patches is None else self._tube_term(patches, targets, geometry)
             contrast = None if frames is None else self._frame_term(frames, scale, targets, geometry)
-        self._call.terms = LossComponents(loss_mse=tubes, loss_con=contrast)
-        self._scale = None if scale is None else scale.detach()
+        self._call.terms, self._call.logit_scale = LossComponents(loss_mse=tubes, loss_con=contrast), scale
 
     def _targets(self, geometry: VisualGeometry, pixels: Tensor | None) -> VisualTargets:
         guidance, keys = self._student.config.guidance, self._call.keys
@@ -319,7 +302,8 @@ class GuidanceHook:
         self._call.is_bypassed = self.loss_is_bypassed = getattr(output, "log_probs", None) is not None
         multiplier = self._multiplier
         if loss is not None:
-            self._record(replace(terms, loss_gen=loss * multiplier))
+            parts = replace(terms, loss_gen=loss * multiplier)
+            self._means.add(parts, self._call.logit_scale, 1 / self.accumulation_steps)
         if guidance is not None:
             weighted = terms.total(guidance["tube_weight"], guidance["frame_weight"])
             output = self._add(output, loss, weighted / multiplier)
@@ -336,11 +320,6 @@ class GuidanceHook:
         else:
             output.loss = loss + term
         return output
-
-    def _record(self, terms: LossComponents) -> None:
-        for name, value in terms.detached().items():
-            self._sums[name] = value.float() + self._sums.get(name, torch.zeros(())).to(value.device)
-        self._steps += 1 / self.accumulation_steps
 
 
 class _Carry(torch.autograd.Function):
@@ -423,8 +402,3 @@ def frame_videos(geometry: VisualGeometry | None, like: Tensor) -> Tensor:
 def like(targets: Tensor, features: Tensor) -> Tensor:
     """Targets on the device of features, in float32, or float64 if the features are."""
     return targets.to(features.device, torch.promote_types(features.dtype, torch.float32))
-
-
-def world_size() -> int:
-    """Processes that train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -140,7 +140,7 @@ def tube_alignment_errors(student_features: Tensor, teacher_tubes: Tensor, geome
         rows = min(student.shape[1], teacher_tubes.shape[1])
         columns = min(student.shape[2], teacher_tubes.shape[2])
         place_errors = _squared_error(
-            _pool(student, rows, columns), _pool(_full(teacher_tubes[clips]), rows, columns)
+            _pool(student, rows, columns), _pool(teacher_tubes[clips].to(student), rows, columns)
         )  # (clips, rows, columns)
         errors = errors.index_add(0, video[clips], place_errors.sum((1, 2)))
         places.index_add_(0, clip_video[clips], torch.full((len(clips),), rows * columns))
@@ -164,8 +164,6 @@ def tube_alignment_loss(
     Returns:
         A scalar; zero, with a gradient, if there is no video.
     """
-    if teacher_tubes.ndim == 2 and geometry is not None:
-        teacher_tubes = tubes_of_patches(teacher_tubes, geometry)
     errors = tube_alignment_errors(student_features, teacher_tubes, geometry)
     if not len(errors):
         return errors.sum()  # whatever num_videos is, also 0
@@ -204,7 +202,8 @@ def frame_contrastive_loss(
     counts, rank = gather_counts(student, group)
     first, total = sum(counts[:rank]), sum(counts)
     with torch.autocast(student.device.type, enabled=False):
-        own_student, own_teacher = _normalise(_full(student)), _normalise(_full(teacher))
+        own_student = _normalise(_full(student))
+        own_teacher = _normalise(teacher.to(own_student))
         all_student = gather_rows(own_student, counts, group)
         all_teacher = gather_rows(own_teacher, counts, group)
         to_teacher = logit_scale * (own_student @ all_teacher.T)  # (F, all frames)
@@ -227,7 +226,8 @@ def negative_cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar between -1 and 1; zero, with a gradient, if there is no row.
     """
-    cosines = (_normalise(_full(student)) * _normalise(_full(teacher))).sum(-1)
+    student = _full(student)
+    cosines = (_normalise(student) * _normalise(teacher.to(student))).sum(-1)
     return -cosines.sum() / max(cosines.numel(), 1)
 
 
@@ -250,7 +250,7 @@ def generative_loss(logits: Tensor, labels: Tensor, num_items_in_batch: int | Te
 
 
 def _full(features: Tensor) -> Tensor:
-    """In float32, or float64 if it was."""
+    """In float32, or in float64 if it was."""
     return features if features.dtype == torch.float64 else features.float()
 
 

@@ -52,7 +52,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
     Works in a plain `Trainer` through `add_callback`; with `set_trainer` it also knows the sample ids
     (`trainer.last_sample_ids`), the norm before clipping (`trainer.last_grad_norm`), and lets the logged loss recover
     after a NaN. Set `logging_nan_inf_filter=False`, or the log hides what happened. DeepSpeed steps inside backward:
-    there its own overflow check skips, and this counts, records and stops.
+    there its own overflow check skips (the schedule waits, too), and this counts, records and stops.
 
     Args:
         max_consecutive: Skipped steps in a row after which training stops with `TrainingError`.
@@ -166,7 +166,7 @@ class NonFiniteGuard(TrainerCallback, ExportableState):
         if module.training:
             loss = outputs.get("loss") if hasattr(outputs, "get") else None
             if isinstance(loss, Tensor):
-                self._losses.append(loss.detach())
+                self._losses.append(loss.detach().clone())  # the Trainer scales it in place
 
     def _unhook(self) -> None:
         if self._hook is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -103,9 +103,7 @@ def plan_stage(stage: Stage, config: ElvaConfig | None, num_processes: int) -> S
     """Plan one stage of a model of this configuration."""
     accumulation = stage.accumulation_steps(num_processes)
     samples = count_samples(stage)
-    steps = stage.training.max_steps if stage.training.max_steps > 0 else None
-    if steps is None and samples is not None:
-        steps = -int(-samples * stage.training.num_train_epochs // stage.training.batch_size)
+    steps = count_steps(stage, samples)
     if config is None:
         return StagePlan(stage, num_processes, accumulation, samples, steps, None, {}, 0, None, {})
     trained, frozen = count_parameters(stage, config)
@@ -113,6 +111,14 @@ def plan_stage(stage: Stage, config: ElvaConfig | None, num_processes: int) -> S
     tokens = sum(count_frame_tokens(grid) for grid in video) + 2
     sizes = estimate_bytes(stage, config, sum(trained.values()), frozen, num_processes)
     return StagePlan(stage, num_processes, accumulation, samples, steps, config, trained, frozen, tokens, sizes)
+
+
+def count_steps(stage: Stage, samples: int | None) -> int | None:
+    """Optimiser steps for so many samples in an epoch."""
+    training = stage.training
+    if training.max_steps > 0:
+        return training.max_steps
+    return None if samples is None else -int(-samples * training.num_train_epochs // training.batch_size)
 
 
 def count_samples(stage: Stage) -> int | None:
@@ -152,7 +158,7 @@ def count_parameters(stage: Stage, config: ElvaConfig) -> tuple[dict[str, int], 
     else:
         from elva_hf.training.lora import add_lora
 
-        model = add_lora(model, stage.lora) if not stage.lora.new_words else model
+        model = add_lora(model, replace(stage.lora, new_words=[]))  # the rows of a few words are not counted
         own = {"lora": ".lora_", **{name: f".{name}." for name in stage.lora.modules_to_save}}
     trained: dict[str, int] = {}
     for name, parameter in model.named_parameters():

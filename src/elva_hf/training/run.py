@@ -6,12 +6,13 @@ complete checkpoint of the stage it was in.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from elva_hf.data.collator import ElvaCollator
 from elva_hf.data.datasets import ElvaDataset, ElvaStream
 from elva_hf.data.mixtures import Mixture, StreamingMixture
 from elva_hf.errors_elva import ConfigurationError
+from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training.building import build_model, build_processor, check_folder
-from elva_hf.training.plan import StagePlan, plan_recipe
+from elva_hf.training.plan import StagePlan, count_steps, plan_recipe
 from elva_hf.training.recipe import Recipe, differences, starting_from
 from elva_hf.training.sections import Stage
 
@@ -86,8 +88,10 @@ def check(recipe: Recipe) -> list[StagePlan]:
         fields = " ".join(f"{field}=..." for field in dict.fromkeys(missing))
         raise ConfigurationError(f"{recipe.where}: fields to be filled in: {fields}")
     check_folder(recipe.stages[0].model.path)
-    for stage in recipe.stages:
-        open_rows(stage)
+    for i, stage in enumerate(recipe.stages):
+        rows = open_rows(stage)
+        if not stage.data.streaming:  # what is there, not what the recipe expects
+            plans[i] = replace(plans[i], num_samples=len(rows), num_steps=count_steps(stage, len(rows)))
         training_arguments(stage, recipe.stage_dir(stage.name))
         if stage.lora is not None:
             _require("peft", "LoRA")
@@ -169,7 +173,7 @@ def build_trainer(
         callbacks=[NonFiniteGuard(stage.training.max_nonfinite_steps)],
         teacher=teacher,
         grad_cache=stage.guidance is not None and stage.guidance.grad_cache,
-        train_sampler=_sampler(stage, rows, processor, folder),
+        train_sampler=_sampler(stage, dataset, processor, folder),
     )
 
 
@@ -270,20 +274,38 @@ def find_deepspeed(name: str | None) -> str | None:
 def save_model(trainer: Any, processor: Any, folder: Path) -> Path:
     """Save model and processor, whole or not at all; every process calls it."""
     partial = folder.with_name("_model")
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None:
-        plugin.set_state_dict_type("FULL_STATE_DICT")  # shards are for checkpoints
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(partial))
+    if trainer.is_fsdp_enabled and not hasattr(trainer.model, "peft_config"):
+        state = trainer.accelerator.get_state_dict(trainer.model)  # whole on the first process
+        if trainer.is_world_process_zero():
+            unsharded(trainer.model, state).save_pretrained(partial)
+    else:
+        trainer.save_model(str(partial))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         processor.save_pretrained(partial)
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle, which no model needs
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(partial, folder)
     trainer.accelerator.wait_for_everyone()
     return folder
+
+
+def unsharded(model: Any, state: dict[str, torch.Tensor]) -> ElvaForCausalLM:
+    """A model of whole tensors for one whose parameters are shards.
+
+    Args:
+        model: The sharded one.
+        state: Its gathered weights.
+    """
+    with torch.device("meta"):
+        whole = ElvaForCausalLM(copy.deepcopy(model.config))
+    whole.load_state_dict(state, assign=True)
+    whole.tie_weights()
+    whole.generation_config = model.generation_config
+    return whole
 
 
 def num_processes() -> int:
@@ -309,15 +331,18 @@ def check_processes() -> None:
         )
 
 
-def _sampler(stage: Stage, rows: Any, processor: Any, folder: Path) -> Any:
-    """A sampler that keeps rows of one length together, if the recipe asks for it."""
-    if not stage.data.group_by_length or stage.data.streaming:
+def _sampler(stage: Stage, dataset: Any, processor: Any, folder: Path) -> Any:
+    """The order of the rows; rows of one length together, if the recipe asks for it."""
+    if stage.data.streaming:
         return None
-    from elva_hf.data.batching import LengthGroupedSampler, PlannedLengths
+    from elva_hf.data.batching import LengthGroupedSampler, PlannedLengths, ShuffledSampler
 
-    lengths = PlannedLengths(rows, processor, folder=folder, num_workers=stage.data.num_workers, **stage.video.options)
+    seed, workers = stage.training.seed, stage.data.num_workers
+    if not stage.data.group_by_length:
+        return ShuffledSampler(dataset, seed=seed)
+    lengths = PlannedLengths(dataset.rows, processor, folder=folder, num_workers=workers, **stage.video.options)
     at_once = num_processes() * stage.training.per_device_train_batch_size
-    return LengthGroupedSampler(lengths, at_once, seed=stage.training.seed)
+    return LengthGroupedSampler(dataset, lengths, at_once, seed=seed)
 
 
 def _check_same_run(stage: Stage, folder: Path, goes_on: bool) -> None:

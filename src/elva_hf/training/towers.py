@@ -379,7 +379,7 @@ def _run_videoprism(tower: Tower, pixels: Tensor, state: int) -> Tensor:
     config = tower.config
     outputs = tower.model(
         pixels[None].to(tower.model.dtype),
-        interpolate_pos_encoding=len(pixels) != config.num_frames,
+        interpolate_pos_encoding=True,  # of as many frames as there are
         output_hidden_states=[state],
     )
     values = outputs.hidden_states[state]

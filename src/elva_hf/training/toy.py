@@ -31,7 +31,7 @@ from elva_hf.errors_elva import ConfigurationError
 from elva_hf.geometry_elva import read_geometry
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.processing_elva import ElvaProcessor
-from elva_hf.training.losses import tube_alignment_loss
+from elva_hf.training.losses import tube_alignment_loss, tubes_of_patches
 from elva_hf.video_processing_elva import patchify
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def read_recipe(name_or_path: str) -> tuple[dict[str, Any], list[ToyStage]]:
     packaged = resources.files("elva_hf.training.recipes") / f"{name_or_path}.yaml"
     text = packaged.read_text() if packaged.is_file() else Path(name_or_path).read_text()
     recipe = yaml.safe_load(text)
+    recipe.pop("kind", None)
     stages = [_read_stage(stage, name_or_path) for stage in recipe.pop("stages")]
     return recipe, stages
 
@@ -219,8 +220,8 @@ class ToyTrainer(Trainer):
         self.parts["loss_gen"].append(loss.item())
         if weight:
             geometry = read_geometry(model.model.token_kinds(inputs["input_ids"]))
-            student = model.guidance(outputs.hidden_states[-1].flatten(0, 1)[geometry.patch_index])
-            mse = tube_alignment_loss(student, teacher, geometry)
+            student = model.guidance.tube_head(outputs.hidden_states[-1].flatten(0, 1)[geometry.patch_index])
+            mse = tube_alignment_loss(student, tubes_of_patches(teacher, geometry), geometry)
             self.parts["loss_mse"].append(mse.item())
             loss = loss + weight * mse
         return (loss, outputs) if return_outputs else loss
@@ -272,7 +273,9 @@ def validate(model: nn.Module, dataset: ToyDataset, pad_token_id: int, batch_siz
 def save(model: ElvaForCausalLM, folder: Path) -> None:
     """Save the student, without the head that only training needs; stored in bfloat16, loaded in float32."""
     state = {name: value.bfloat16() for name, value in model.state_dict().items() if not name.startswith("guidance.")}
+    guidance, model.config.guidance = model.config.guidance, None
     model.save_pretrained(folder, state_dict=state)
+    model.config.guidance = guidance
 
 
 def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], tokenizer: Any, out: Path) -> None:
@@ -328,8 +331,7 @@ def build_model(recipe: dict[str, Any], tokenizer: Any, teacher_width: int) -> E
     config = ElvaConfig.from_preset(recipe["preset"], **add_special_tokens(tokenizer), **recipe.get("config", {}))
     config.text_config.vocab_size = len(tokenizer)
     model = ElvaForCausalLM(config)
-    hidden = config.text_config.hidden_size
-    model.guidance = nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, teacher_width))
+    model.set_guidance({"teacher_width": teacher_width, "frame_weight": 0.0})
     generation = model.generation_config
     generation.eos_token_id = tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id

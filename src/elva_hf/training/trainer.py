@@ -15,8 +15,9 @@ from transformers import Trainer
 
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.training.checkpoints import SafeCheckpoints
+from elva_hf.training.components import world_size
 from elva_hf.training.grad_cache import contrast_gradients, random_state, set_random_state
-from elva_hf.training.guidance import BATCH_KEYS, GuidanceCallback, GuidanceHook, find_student, world_size
+from elva_hf.training.guidance import BATCH_KEYS, GuidanceCallback, GuidanceHook, find_student
 from elva_hf.training.teacher import VisualTeacher
 
 
@@ -35,7 +36,7 @@ class ElvaTrainer(SafeCheckpoints, Trainer):
         **kwargs: Of `Trainer`. `processing_class` gives the pixels' mean and deviation for the teacher.
 
     Raises:
-        ConfigurationError: `grad_cache` without L_Con.
+        ConfigurationError: `grad_cache` without L_Con, or a second `GuidanceCallback`.
 
     Attributes:
         last_sample_ids: Ids of the samples of the current optimiser step on this process, where batches bring them.
@@ -62,11 +63,12 @@ class ElvaTrainer(SafeCheckpoints, Trainer):
             raise ConfigurationError(
                 f"grad_cache=True, but config.guidance={guidance} has no L_Con (frame_weight) to cache gradients of."
             )
+        if any(isinstance(callback, GuidanceCallback) for callback in self.callback_handler.callbacks):
+            raise ConfigurationError("ElvaTrainer brings a GuidanceCallback of its own; leave yours out.")
         processor = getattr(self.processing_class, "video_processor", None)
         pixels = {name: getattr(processor, name, 0.5) for name in ("image_mean", "image_std")}
         self.guidance_hook = GuidanceHook(teacher, **pixels)
         self.add_callback(GuidanceCallback(self.guidance_hook))
-        self._introduce()
 
     @property
     def _guidance(self) -> dict[str, Any] | None:

@@ -110,7 +110,7 @@ def train_video_teacher(recipe: VideoTeacherRecipe, output_dir: Path) -> Path:
     set_seed(recipe.training.seed)
     model, tokenizer, pixels = load_dual_encoder(recipe)
     clips = ClipCaptions(
-        Mixture(recipe.data.sources, seed=recipe.training.seed),
+        Mixture(recipe.data.sources, seed=recipe.training.seed, shuffle=False),
         pixels,
         num_frames=recipe.num_frames,
         seed=recipe.training.seed,

@@ -1,0 +1,22 @@
+"""`elva` in one of several CPU processes; FSDP included, which accelerate leaves out where it sees no GPUs."""
+
+import os
+import faulthandler; faulthandler.dump_traceback_later(85, exit=True)
+
+from accelerate.state import DistributedType, PartialState
+
+from elva_hf.cli import main
+
+_start = PartialState.__init__
+
+
+def start(self, *args, **kwargs):
+    _start(self, *args, **kwargs)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+PartialState.__init__ = start
+
+if __name__ == "__main__":
+    main()
