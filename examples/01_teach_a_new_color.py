@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -70,7 +71,7 @@ def write_data(folder: Path, scenes: Sequence[Scene], ask: Any) -> Path:
     return path
 
 
-def some_questions(scene: Scene, count: int = 6) -> list[Question]:
+def some_questions(scene: Scene, count: int) -> list[Question]:
     """A few of a scene's questions."""
     asked = questions(scene)
     return Random(scene.seed).sample(asked, min(count, len(asked)))
@@ -139,7 +140,9 @@ def teach(options: argparse.Namespace, replay: bool) -> tuple[Path, float]:
     sources = {"clips": write_data(options.out / "clips", new, about_the_word)}
     if replay:
         old = [sample_scene(OLD_SCENES + first + i) for i in range(options.clips)]
-        sources["replay"] = write_data(options.out / "replay", old, some_questions)
+        sources["replay"] = write_data(
+            options.out / "replay", old, partial(some_questions, count=options.replay_questions)
+        )
     run = options.out / ("adapter" if replay else "adapter_without_replay")
     line = command(run, sources, options.steps, options.batch_size)
     print("elva " + " ".join(line), flush=True)
@@ -152,18 +155,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     """Score the checkpoint, teach it, score it again; prints a table and returns it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/orange"), help="folder for clips and adapters")
-    parser.add_argument("--clips", type=int, default=400, help="clips of the new colour, and as many of old scenes")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=16, help="clips in a step")
+    parser.add_argument("--clips", type=int, default=300, help="clips of the new colour, and as many of old scenes")
+    parser.add_argument("--steps", type=int, default=300, help="optimiser steps")
+    parser.add_argument("--batch-size", type=int, default=8, help="clips in a step")
     parser.add_argument("--seed", type=int, default=0, help="of the training clips")
     parser.add_argument("--split", default="test", help="where the questions come from; validation is for choosing")
-    parser.add_argument("--num-questions", type=int, default=200, help="held-out questions of each task")
+    parser.add_argument("--replay-questions", type=int, default=6, help="questions about each old scene")
+    parser.add_argument("--new-questions", type=int, default=200, help="held-out clips with the new colour")
+    parser.add_argument("--num-questions", type=int, default=100, help="held-out questions of each old task")
     parser.add_argument("--without-replay", action="store_true", help="train on the new clips alone as well")
     options = parser.parse_args(arguments)
 
     base = elva_hf.tiny_checkpoint()
     processor = AutoProcessor.from_pretrained(base)
-    new, old = draw_new(options.num_questions, options.split), draw_old(options.num_questions, options.split)
+    new, old = draw_new(options.new_questions, options.split), draw_old(options.num_questions, options.split)
     models = {"before": base}
     for name, replay in {"without replay": False, "with replay": True}.items():
         if replay or options.without_replay:

@@ -1,7 +1,9 @@
 """`elva` in one of several CPU processes; FSDP included, which accelerate leaves out where it sees no GPUs."""
 
 import os
-import faulthandler; faulthandler.dump_traceback_later(85, exit=True)
+import faulthandler
+
+faulthandler.dump_traceback_later(85, exit=True)
 
 from accelerate.state import DistributedType, PartialState
 

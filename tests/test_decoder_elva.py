@@ -447,7 +447,9 @@ def test_a_decoder_that_is_more_than_its_layers_is_refused():
     """Gemma scales its embeddings in its own forward; running its layers alone would be wrong."""
     model = tiny_model("gemma", text={"num_hidden_layers": LAYERS})
     inputs = batch_inputs(BUSY)
-    with pytest.raises(ConfigurationError, match="'gemma' decoders can be neither merged nor packed; those that can are qwen2"):
+    with pytest.raises(
+        ConfigurationError, match="'gemma' decoders can be neither merged nor packed; those that can are qwen2"
+    ):
         model(**inputs, merge_schedule=MIXED)
     assert model(**inputs).logits.shape[-1] == VOCAB
 

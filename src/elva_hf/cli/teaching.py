@@ -213,7 +213,7 @@ def _run(
     there = taught.videos - taught.added
     print(f"videos    {taught.videos}: {taught.added} taught, {there} there already; {_size(taught.num_bytes)} written")
     if taught.bad_rows:
-        print(f"bad rows  {taught.bad_rows}: see {bad}")
+        print(f"bad       {taught.bad_rows} of {taught.rows} rows: see {bad}")
     print(f"cache     {folder}: {len(writer)} videos. Train with guidance.cache={folder}")
 
 

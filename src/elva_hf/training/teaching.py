@@ -134,7 +134,7 @@ def teach(
             counts["bad_rows"] += videos is None
             for video in videos or ():
                 counts["videos"] += 1
-                if video.key not in writer and all(video.key != other.key for other in pending):
+                if video.key not in writer:
                     pending.append(video)
                     yield video.frames(writer.manifest.patch_size)
             if tick is not None:
