@@ -47,6 +47,11 @@ def about_the_word(scene: Scene) -> list[Question]:
     return [q for q in questions(scene) if q.task in ("color", "shape") and WORD in f"{q.text} {q.answer}"]
 
 
+def beside_the_word(scene: Scene) -> list[Question]:
+    """The same questions about the other things in the clip: is everything orange now?"""
+    return [q for q in questions(scene) if q.task in ("color", "shape") and WORD not in f"{q.text} {q.answer}"]
+
+
 def write_data(folder: Path, scenes: Sequence[Scene], ask: Any) -> Path:
     """Write clips and a JSON file in LLaVA's form.
 
@@ -99,10 +104,14 @@ def command(out: Path, sources: dict[str, Path], steps: int, batch_size: int) ->
     return ["train", "lora", "--out", str(out), *(f"{name}={value}" for name, value in fields.items())]
 
 
-def draw_new(count: int, split: str) -> list[Ask]:
-    """Held-out questions about the new colour: as many of what colour a thing has as of what is orange."""
-    scenes = (recolor(sample_scene(seed, split=split)) for seed in range(count))
-    return [(scene, question) for scene in scenes for question in about_the_word(scene)]
+def draw_new(count: int, split: str, ask: Any) -> list[Ask]:
+    """Held-out clips with the new colour: `count` questions of each task, no two of a task about one clip."""
+    by_task: dict[str, list[Ask]] = {"color": [], "shape": []}
+    for seed in range(4 * count):
+        scene = recolor(sample_scene(seed, split=split))
+        for task, chosen in by_task.items():
+            chosen += [(scene, question) for question in ask(scene) if question.task == task][:1]
+    return [asked for chosen in by_task.values() for asked in chosen[:count]]
 
 
 def draw_old(count: int, split: str) -> list[Ask]:
@@ -161,26 +170,29 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--seed", type=int, default=0, help="of the training clips")
     parser.add_argument("--split", default="test", help="where the questions come from; validation is for choosing")
     parser.add_argument("--replay-questions", type=int, default=6, help="questions about each old scene")
-    parser.add_argument("--new-questions", type=int, default=200, help="held-out clips with the new colour")
+    parser.add_argument("--new-questions", type=int, default=200, help="held-out questions of each task on clips of it")
     parser.add_argument("--num-questions", type=int, default=100, help="held-out questions of each old task")
     parser.add_argument("--without-replay", action="store_true", help="train on the new clips alone as well")
     options = parser.parse_args(arguments)
 
     base = elva_hf.tiny_checkpoint()
     processor = AutoProcessor.from_pretrained(base)
-    new, old = draw_new(options.new_questions, options.split), draw_old(options.num_questions, options.split)
+    sheets = {
+        WORD: draw_new(options.new_questions, options.split, about_the_word),
+        f"beside {WORD}": draw_new(options.new_questions, options.split, beside_the_word),
+        "known": draw_old(options.num_questions, options.split),
+    }
     models = {"before": base}
     for name, replay in {"without replay": False, "with replay": True}.items():
         if replay or options.without_replay:
             models[name], seconds = teach(options, replay)
             print(f"{name}: {seconds:.0f} s for data and training", flush=True)
     table = {}
-    for name, folder in models.items():
+    for column, folder in models.items():
         model = AutoModelForCausalLM.from_pretrained(folder)
-        learned = score(model, processor, new, options.out / "held_out")
-        known = score(model, processor, old, options.out / "held_out")
-        table[name] = {f"{WORD}: {task}": value for task, value in learned.items()}
-        table[name] |= {"known, mean": sum(known.values()) / len(known)} | {f"known: {k}": v for k, v in known.items()}
+        marks = {name: score(model, processor, sheet, options.out / "held_out") for name, sheet in sheets.items()}
+        table[column] = {f"{name}: {task}": value for name, tasks in marks.items() for task, value in tasks.items()}
+        table[column]["known: mean"] = sum(marks["known"].values()) / len(marks["known"])
     print("| task | " + " | ".join(table) + " |\n|" + " --- |" * (1 + len(table)))
     for task in table["before"]:
         print(f"| {task} | " + " | ".join(f"{scores[task]:.3f}" for scores in table.values()) + " |")

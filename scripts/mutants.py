@@ -1,511 +1,42 @@
-"""Plant faults in merging and decoding, one at a time, and show that the tests see each of them.
+"""Plant faults one at a time, in merging, decoding and training, and show that the tests see each of them.
 
-The planted faults of the design and some more. Each is a small replacement of text in a copy of the source; the
-tests that should see it run against that copy. A fault that stays green, or whose text is no longer there, fails:
+The planted faults of the design and some more (`planted_faults/`). Each is a small replacement of text in a copy of the
+source; the tests that should see it run against that copy. A fault that stays green, or whose text is no longer there,
+fails:
 
     python scripts/mutants.py [words of the names of some faults]
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+
+from planted_faults import FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parent.parent
 JOBS = 2
+SECONDS = 600
+"""After which the tests of a fault count as hung."""
+PRINTED = "printed.txt"
 
-EXACTNESS = "tests/test_merging_exactness.py"
-CACHE = "tests/test_cache_elva.py"
-DECODER = "tests/test_decoder_elva.py"
-ATTENTION = "tests/test_attention_elva.py"
-PURE = "tests/test_merging_elva.py"
-TRAINING = "tests/test_merging_training.py"
-GENERATION = "tests/test_merging_generation.py"
-
-CONTAINER = "tests/test_container_elva.py"
-DECODING = "tests/test_decoding_elva.py"
-ODD = "tests/test_odd_files.py"
-FETCHING = "tests/test_fetching_elva.py"
-ISOLATION = "tests/test_isolation_elva.py"
-FRAMES = "tests/test_frames_elva.py"
-BUDGET = "tests/test_budget_elva.py"
-BUDGETS = "tests/test_budgets.py"
+os.environ["OMP_NUM_THREADS"] = "1"
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "transformers.trainer", "peft", "hypothesis", "pytest"])
+"""Forks a process for each fault, so that the libraries are imported once."""
 
 log = logging.getLogger("mutants")
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One fault: `old` becomes `new` in a file of the package, and `tests` (pytest arguments) must fail."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
-
-FAULTS = (
-    # those the design lists
-    Fault(
-        "positions renumbered after a merge",
-        "decoder_elva.py",
-        "rotary=tuple(part[:, kept] for part in tokens.rotary)",
-        "rotary=tuple(part[:, : len(kept)] for part in tokens.rotary)",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "a stage's key mask forgotten at decode",
-        "decoder_elva.py",
-        "key_mask = entry.extend_key_mask(new, batch, tokens)",
-        "key_mask = None if i else entry.extend_key_mask(new, batch, tokens)",
-        (EXACTNESS, "-k", "each_cached_step"),
-    ),
-    Fault(
-        ">= for >",
-        "merging_elva.py",
-        "return similarity > threshold",
-        "return similarity >= threshold",
-        (PURE,),
-    ),
-    Fault(
-        "sums in the precision of the tokens",
-        "merging_elva.py",
-        "return torch.float64 if hidden.dtype == torch.float64 else torch.float32",
-        "return hidden.dtype",
-        (PURE,),
-    ),
-    Fault(
-        "similarity across the borders of videos",
-        "geometry_elva.py",
-        "    place = patch_video\n",
-        "    place = torch.zeros_like(patch_video)\n",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "two adjacent one-frame videos are one",
-        "geometry_elva.py",
-        "video = _video_numbers(starts)",
-        "video = _video_numbers(((kinds == VIDEO_START) & (kinds.roll(1, 1) != VIDEO_END)).cumsum(1))",
-        (EXACTNESS, "-k", "adjacent_images"),
-    ),
-    Fault(
-        "a ratio pooled over the videos of a sample",
-        "geometry_elva.py",
-        "_, groups = (host.patch_video * (host.num_frames + 1) + part).unique(return_inverse=True)",
-        "_, groups = (host.patch_index // length * (host.num_frames + 1) + part).unique(return_inverse=True)",
-        (EXACTNESS, "-k", "second_video"),
-    ),
-    Fault(
-        "gapped positions in create_causal_mask, which takes gaps for borders of packed sequences",
-        "decoder_elva.py",
-        "    return packing, PackedCache(cache, filing)\n",
-        """    if past is None and len(state.lengths) == 1 and packing.masks:
-        from transformers.masking_utils import create_causal_mask
-
-        packing.masks[0] = create_causal_mask(config, state.hidden[None], None, None, position_ids=state.origins[None])
-    return packing, PackedCache(cache, filing)
-""",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "position_ids handed to the layers",
-        "decoder_elva.py",
-        "state = replace(state, hidden=run_layer(layer, state.hidden[None], state.rotary, None, view, packing)[0])",
-        """output = run_layer(
-                layer, state.hidden[None], state.rotary, None, view, packing, position_ids=state.origins[None]
-            )
-            state = replace(state, hidden=output[0])""",
-        (ATTENTION, "-k", "never_learns_positions"),
-    ),
-    # decide
-    Fault(
-        "similarity above one is not cut",
-        "merging_elva.py",
-        "similarity.clamp(max=1).masked_fill",
-        "similarity.masked_fill",
-        (PURE,),
-    ),
-    Fault(
-        "similarity in the precision of the tokens",
-        "merging_elva.py",
-        "rows = hidden[links.order[start : start + chunk + 1]].to(similarity.dtype)",
-        "rows = hidden[links.order[start : start + chunk + 1]]",
-        (PURE,),
-    ),
-    Fault(
-        "a ratio rounds down",
-        "merging_elva.py",
-        "math.ceil(round(target_ratio * base, 6))",
-        "math.floor(round(target_ratio * base, 6))",
-        (EXACTNESS, "-k", "merge_map_is_the_oracles"),
-    ),
-    Fault(
-        "a ratio may empty a tube",
-        "merging_elva.py",
-        "max(now - max(math.ceil(round(target_ratio * base, 6)), floor), 0)",
-        "max(now - math.ceil(round(target_ratio * base, 6)), 0)",
-        (PURE, EXACTNESS, "-k", "floor or adjacent_images"),
-    ),
-    Fault(
-        "ratio_of='input' is not read",
-        "merging_elva.py",
-        'bases = patches if ratio_of == "current" else inputs',
-        "bases = patches",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "a window does not cut tubes",
-        "geometry_elva.py",
-        "ids = cut_tubes(place, frame, window, max_run)",
-        "ids = cut_tubes(place, frame, None, max_run)",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "a ratio is counted over the video though it has windows",
-        "geometry_elva.py",
-        "part = frame // window if window else torch.zeros_like(frame)",
-        "part = torch.zeros_like(frame)",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "max_run is not read",
-        "geometry_elva.py",
-        "ids = cut_tubes(place, frame, window, max_run)",
-        "ids = cut_tubes(place, frame, window, None)",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "frames are counted over the batch, not in their video",
-        "geometry_elva.py",
-        "frame = host.patch_frame - first[host.patch_video]",
-        "frame = host.patch_frame",
-        (EXACTNESS, "-k", "padded_batch_is_the_oracle and window"),
-    ),
-    # apply
-    Fault(
-        "a mean that ignores what tokens stand for",
-        "merging_elva.py",
-        "away * token_sizes[rows].to(dtype)[:, None]",
-        "away",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "the first of a run survives",
-        "decoder_elva.py",
-        "find_survivors(merge, links, schedule.survivor)",
-        'find_survivors(merge, links, "first")',
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "the last of a run survives, whatever is asked",
-        "decoder_elva.py",
-        "find_survivors(merge, links, schedule.survivor)",
-        "find_survivors(merge, links)",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "a mean without gradient",
-        "merging_elva.py",
-        "away = hidden.index_select(0, rows).to(dtype)",
-        "away = hidden.detach().index_select(0, rows).to(dtype)",
-        (EXACTNESS, "-k", "gradient_of_the_oracle"),
-    ),
-    Fault(
-        "merged tokens read themselves at the end",
-        "decoder_elva.py",
-        "now=places[tokens.now]",
-        "now=torch.arange(len(tokens.now), device=kept.device).clamp(max=len(kept) - 1)",
-        (EXACTNESS, "-k", "alone_is_its_oracle"),
-    ),
-    Fault(
-        "a ratio step that asks the device",
-        "merging_elva.py",
-        "kept = torch.nonzero_static(alive, size=num_kept).squeeze(1)",
-        "kept = alive.nonzero().squeeze(1)",
-        (DECODER, "-k", "never_waits"),
-    ),
-    # attention and cache
-    Fault(
-        "as many keys as queries for FlashAttention",
-        "attention_elva.py",
-        '"cu_seq_lens_k": ends(key_lengths)',
-        '"cu_seq_lens_k": ends(query_lengths)',
-        (ATTENTION,),
-    ),
-    Fault(
-        "a wrapper without its mask",
-        "attention_elva.py",
-        "        AttentionMaskInterface.register(wrapped, ALL_MASK_ATTENTION_FUNCTIONS[name])\n",
-        "",
-        (ATTENTION, "-k", "beside"),
-    ),
-    Fault(
-        "a decode mask aligned to the first key",
-        "attention_elva.py",
-        "q_offset=keys - queries",
-        "q_offset=0",
-        (ATTENTION, CACHE),
-    ),
-    Fault(
-        "holes among the keys of the past are read",
-        "decoder_elva.py",
-        "stage = torch.ones(batch, layer.columns, dtype=torch.bool) if mask is None else next(copies)",
-        "stage = torch.ones(batch, layer.columns, dtype=torch.bool)",
-        (EXACTNESS, "-k", "second_video"),
-    ),
-    Fault(
-        "what a static layer has yet to fill is read",
-        "packing_elva.py",
-        "return states[:, :, : self.past + self.width]",
-        "return states",
-        (CACHE, "-k", "static_cache"),
-    ),
-    Fault(
-        "a mask of the new tokens is taken for one of the past",
-        "decoder_elva.py",
-        "attention_mask.shape[1] == seen + tokens\n    past_mask",
-        "attention_mask.shape[1] > seen\n    past_mask",
-        (CACHE, "-k", "mask_of_the_new_tokens"),
-    ),
-    Fault(
-        "a filled cache is adopted without its padding",
-        "cache_elva.py",
-        "layers[0].key_mask = past_mask",
-        "layers[0].survivors = past_mask",
-        (CACHE, "-k", "holds_text or keeps_what_it_holds"),
-    ),
-    Fault(
-        "physical for logical length",
-        "cache_elva.py",
-        "return self.columns + self.merged",
-        "return self.columns",
-        (CACHE,),
-    ),
-    Fault(
-        "a tail of one column too many",
-        "geometry_elva.py",
-        "tail=length - 1 - int((host.patch_index % length).max())",
-        "tail=length - int((host.patch_index % length).max())",
-        (CACHE, EXACTNESS, "-k", "crop or merge_map"),
-    ),
-    Fault(
-        "a crop leaves the key mask",
-        "cache_elva.py",
-        "self.key_mask = None if self.key_mask is None else self.key_mask[:, :-count]",
-        "pass",
-        (CACHE, "-k", "crop"),
-    ),
-    Fault(
-        "a crop into the merged region goes through",
-        "cache_elva.py",
-        "self.is_initialized and count > self.tail",
-        "self.is_initialized and count > self.columns",
-        (CACHE, "-k", "crop"),
-    ),
-    Fault(
-        "beams leave the key mask in its old order",
-        "cache_elva.py",
-        "        self._map(lambda record: record.index_select(0, beam_idx.to(record.device)))\n",
-        "",
-        (CACHE, "-k", "reordered"),
-    ),
-    Fault(
-        "a reset leaves the lengths",
-        "cache_elva.py",
-        "        super().reset()\n        self._forget()\n",
-        "        super().reset()\n",
-        (CACHE, "-k", "reset"),
-    ),
-    Fault(
-        "a cache of the user's own is taken for a plain one",
-        "cache_elva.py",
-        "return cache is not None and any(isinstance(layer, ElvaDynamicLayer) for layer in cache.layers)",
-        "return isinstance(cache, ElvaCache)",
-        (CACHE, "-k", "users_own"),
-    ),
-    Fault(
-        "a schedule for the new tokens merges the old ones' way",
-        "modeling_elva.py",
-        "schedule = self.config.resolve_merge_schedule(merge_schedule)",
-        "schedule = self.config.resolve_merge_schedule()",
-        (EXACTNESS, "-k", "of_the_call"),
-    ),
-    # training
-    Fault(
-        "a loss that is not divided by the items of the batch",
-        "modeling_elva.py",
-        "count = num_items_in_batch if num_items_in_batch is not None else max(len(learned), 1)",
-        "count = max(len(learned), 1)",
-        (TRAINING, "-k", "number_of_items or add_up"),
-    ),
-    Fault(
-        "logits of a whole batch in training",
-        "modeling_elva.py",
-        "if labels is None or not self.training:",
-        "if True:",
-        (TRAINING, DECODER, "-k", "logits_exist or head_sees"),
-    ),
-    # decoding: the right frame, or one error
-    Fault(
-        "a frame near the one wanted taken for it",
-        "container_elva.py",
-        "            if frame is not None and frame.pts == target:\n                yield number, frame",
-        "            if frame is not None:\n                yield number, frame",
-        (ODD, CONTAINER),
-    ),
-    Fault(
-        "frames skipped that others refer to",
-        "session_elva.py",
-        '"DEFAULT" if needed else "NONREF"',
-        '"DEFAULT" if needed else "NONKEY"',
-        (CONTAINER,),
-    ),
-    Fault(
-        "the wanted frame skipped too",
-        "session_elva.py",
-        "needed = packet.pts is None or packet.pts in self.wanted",
-        "needed = packet.pts is None",
-        (CONTAINER, "-k", "nobody_needs or looked_for_again"),
-    ),
-    Fault(
-        "a recovery point taken for a key frame",
-        "session_elva.py",
-        "frame.pict_type == PictureType.I and ",
-        "",
-        (ODD, "-k", "intra"),
-    ),
-    Fault(
-        "composition offsets left out of the index",
-        "container_elva.py",
-        "pts = dts + offsets",
-        "pts = dts + 0 * offsets",
-        (CONTAINER, "-k", "index_of_an_mp4"),
-    ),
-    Fault(
-        "an edit list ignored",
-        "container_elva.py",
-        "entry.is_discard or ",
-        "",
-        (ODD, "-k", "edit or trim or discard"),
-    ),
-    Fault(
-        "what cannot be decoded at the start counted",
-        "container_elva.py",
-        "self._index = self._from_first(index, first)",
-        "self._index = index",
-        (CONTAINER, ODD, "-k", "before_the_first or between"),
-    ),
-    Fault(
-        "times that start again sorted into one",
-        "index_elva.py",
-        "np.cumsum(np.diff(dts) < 0)",
-        "np.cumsum(np.diff(dts) < -(2**40))",
-        (CONTAINER, "-k", "start_again"),
-    ),
-    Fault(
-        "turned the wrong way",
-        "container_elva.py",
-        "np.rot90(pixels, turns)",
-        "np.rot90(pixels, -turns)",
-        (DECODING, "-k", "upright"),
-    ),
-    Fault(
-        "a cover taken for the video",
-        "session_elva.py",
-        "if not stream.disposition & _COVER",
-        "if True",
-        (ODD, "-k", "cover"),
-    ),
-    Fault(
-        "playlists and protocols opened",
-        "session_elva.py",
-        """        "protocol_whitelist": "none",  # all bytes come through our own file object
-        "format_whitelist": ",".join(sorted(limits.demuxers)),
-""",
-        "",
-        (ODD, "-k", "concat or hls or sdp"),
-    ),
-    Fault(
-        "codecs not checked",
-        "session_elva.py",
-        "if name not in limits.codecs:",
-        "if name is None:",
-        (CONTAINER, "-k", "each_limit"),
-    ),
-    Fault(
-        "pixels not checked",
-        "admission_elva.py",
-        "if width * height > self.limits.max_pixels:",
-        "if width * height < 0:",
-        (ODD, "-k", "bomb"),
-    ),
-    Fault(
-        "pipes and devices opened",
-        "files_elva.py",
-        "        _check_regular(os.stat(path), name)  # opening a pipe or a device acts on it\n",
-        "",
-        (ODD, "-k", "fifo or pipe or device"),
-    ),
-    Fault(
-        "a lost frame not told",
-        "decoding_elva.py",
-        "missing = tuple(sorted(roles.keys() - set(indices)))",
-        "missing = ()",
-        (DECODING, "-k", "damaged or missing"),
-    ),
-    Fault(
-        "threads left to the garbage collector",
-        "session_elva.py",
-        "        self._container.close()\n        del self._container, self.stream",
-        "        self._container.close()",
-        (CONTAINER, "-k", "outlives"),
-    ),
-    Fault(
-        "private addresses asked",
-        "fetching_elva.py",
-        "return address.is_global and",
-        "return True and",
-        (FETCHING,),
-    ),
-    Fault(
-        "the isolated process may open files",
-        "isolated_worker.py",
-        "    _lower(resource.RLIMIT_NOFILE, 0)\n",
-        "",
-        (ISOLATION,),
-    ),
-    Fault(
-        "a budget exceeded by one token",
-        "budget_elva.py",
-        "limit is None or used <= limit",
-        "limit is None or used <= limit + 1",
-        (BUDGET,),
-    ),
-    Fault(
-        "budgets checked after decoding",
-        "processing_elva.py",
-        "sampled = planned = encoder.plan(prompts, opened, budgets)",
-        "sampled = planned = [video.sample() for video in opened]",
-        (BUDGETS,),
-    ),
-    Fault(
-        "the end of the window included",
-        "frames_elva.py",
-        "bisect_left(times, end - TIME_TOLERANCE)",
-        "bisect_right(times, end + TIME_TOLERANCE)",
-        (FRAMES,),
-    ),
-)
 
 
 def copy_tree(folder: Path) -> None:
@@ -517,30 +48,59 @@ def copy_tree(folder: Path) -> None:
         shutil.copy(ROOT / name, folder)
 
 
-def run_tests(folder: Path, tests: Iterable[str]) -> subprocess.CompletedProcess:
-    """Run pytest on the package in `folder`, which comes before the installed one, up to the first failure."""
-    environment = {**os.environ, "PYTHONPATH": str(folder / "src"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *tests]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+def run_tests(folder: Path, tests: Iterable[str], seconds: float = SECONDS) -> tuple[int | None, str]:
+    """Run pytest on the package in `folder`, which comes before the installed one, up to the first failure.
+
+    Returns:
+        Its exit status, None if it took longer than `seconds`, and what it printed.
+    """
+    process = SERVER.Process(target=_run_pytest, args=(str(folder), tuple(tests)))
+    process.start()
+    process.join(seconds)
+    hung = process.is_alive()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # with what tests left running
+    process.join()
+    return None if hung else process.exitcode, (folder / PRINTED).read_text(errors="replace")
 
 
-def plant(fault: Fault) -> str:
-    """Plant a fault and run its tests; `"red"` is what we want, everything else a complaint."""
+def _run_pytest(folder: str, tests: tuple[str, ...]) -> None:
+    """In a process of its own, whose libraries are imported and whose `elva_hf` is not."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = f"{folder}/src"
+    sys.path[:] = [f"{folder}/src", *(path for path in sys.path if path != str(ROOT / "scripts"))]
+    output = os.open(PRINTED, os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    import pytest
+
+    status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=short", *tests])
+    sys.stdout.flush()
+    os._exit(int(status))
+
+
+def count_places(fault: Fault) -> int:
+    """How often the text of a fault stands in its file."""
+    return (ROOT / "src" / "elva_hf" / fault.file).read_text().count(fault.old)
+
+
+def plant(fault: Fault) -> tuple[str, float]:
+    """Plant a fault and run its tests; `"red"` is what we want, everything else a complaint. And how long it took."""
+    started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_tree(folder)
         file = folder / "src" / "elva_hf" / fault.file
-        text = file.read_text()
-        if text.count(fault.old) != 1:
-            return f"DOES NOT APPLY: its text occurs {text.count(fault.old)} times in {fault.file}"
-        file.write_text(text.replace(fault.old, fault.new))
-        done = run_tests(folder, fault.tests)
-    outcomes = {0: "GREEN", 1: "red"}
-    return outcomes.get(done.returncode, f"DID NOT RUN: {' '.join(done.stdout.split()[-40:])}")
+        file.write_text(file.read_text().replace(fault.old, fault.new))
+        status, printed = run_tests(folder, fault.tests)
+    outcomes = {0: "GREEN", 1: "red", None: f"HUNG for {SECONDS} s"}
+    outcome = outcomes.get(status, f"DID NOT RUN: {' '.join(printed.split()[-40:])}")
+    return outcome, time.monotonic() - started
 
 
 def check_unharmed(faults: Iterable[Fault]) -> bool:
-    """Whether the tests pass without any fault; otherwise red would mean nothing."""
+    """Whether the tests of some faults pass without any; otherwise red would mean nothing."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_tree(folder)
@@ -550,23 +110,42 @@ def check_unharmed(faults: Iterable[Fault]) -> bool:
         if str(folder.resolve()) not in found:
             log.error("the copy is not what Python imports: %s", found.strip())
             return False
-        files = sorted({test for fault in faults for test in fault.tests if test.endswith(".py")})
-        done = run_tests(folder, ["--numprocesses", str(JOBS), "--dist", "loadfile", *files])
-        if done.returncode:
-            log.error("the tests fail without any fault:\n%s", done.stdout[-3000:])
-        return not done.returncode
+        for tests in _join_tests(faults):
+            options = ["--numprocesses", str(JOBS), "--dist", "loadfile"]
+            status, printed = run_tests(folder, [*options, *tests], 4 * SECONDS)
+            if status != 0:
+                log.error("the tests fail without any fault:\n%s", printed[-3000:])
+                return False
+    return True
+
+
+def _join_tests(faults: Iterable[Fault]) -> list[list[str]]:
+    """At most two calls of pytest that run all tests of some faults: whole files, and what `-k` chooses of others."""
+    whole, chosen, words = set(), set(), set()
+    for fault in faults:
+        files = {argument for argument in fault.tests if argument.endswith(".py")}
+        if "-k" in fault.tests:
+            chosen |= files
+            words.add(f"({fault.tests[fault.tests.index('-k') + 1]})")
+        else:
+            whole |= files
+    calls = [sorted(whole), [*sorted(chosen - whole), "-k", " or ".join(sorted(words))]]
+    return [call for call in calls if call and call[0] != "-k"]
 
 
 def main(words: list[str]) -> int:
     """Plant the faults whose names hold all words; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     faults = [fault for fault in FAULTS if all(word in fault.name for word in words)]
-    if not faults or not check_unharmed(faults):
+    lost = [fault for fault in faults if count_places(fault) != 1]
+    for fault in lost:
+        log.error("%s: its text stands %d times in %s", fault.name, count_places(fault), fault.file)
+    if not faults or lost or not check_unharmed(faults):
         return 1
     started, bad = time.monotonic(), 0
     with ThreadPoolExecutor(JOBS) as pool:
-        for fault, outcome in zip(faults, pool.map(plant, faults), strict=True):
-            log.info("%-92s %s", fault.name, outcome)
+        for fault, (outcome, seconds) in zip(faults, pool.map(plant, faults), strict=True):
+            log.info("%-84s %4.0f s  %s", fault.name, seconds, outcome)
             bad += outcome != "red"
     log.info("%d faults, %d unseen, %.0f s", len(faults), bad, time.monotonic() - started)
     return int(bad > 0)

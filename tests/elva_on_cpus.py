@@ -1,9 +1,6 @@
 """`elva` in one of several CPU processes; FSDP included, which accelerate leaves out where it sees no GPUs."""
 
 import os
-import faulthandler
-
-faulthandler.dump_traceback_later(85, exit=True)
 
 from accelerate.state import DistributedType, PartialState
 

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from toy_runs import save_teacher
 from typer.main import get_command
 
 import elva_hf
@@ -15,26 +16,48 @@ README = (ROOT / "README.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning")  # asked by PEFT
 def test_the_python_blocks_of_the_readme_run(tmp_path, monkeypatch, capsys):
     shutil.copy(elva_hf.tiny_checkpoint() / "demo.mp4", tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), namespace)
-    assert capsys.readouterr().out.strip() in ("yes", "no")
+    assert capsys.readouterr().out.splitlines()[0] in ("yes", "no")
+    assert (tmp_path / "runs" / "mine" / "checkpoint-1" / "adapter_model.safetensors").exists()
 
 
-def test_the_commands_of_the_readme_exist_with_their_options():
-    commands = get_command(app).commands
-    shown = re.findall(r"^elva (\S+)(.*)$", "\n".join(blocks("sh")), re.MULTILINE)
-    assert len(shown) >= 3
-    for name, rest in shown:
-        options = {option for parameter in commands[name].params for option in parameter.opts}
-        assert set(re.findall(r"--[\w-]+", rest)) <= options, name
+def test_the_loop_of_the_training_page_runs_and_logs_what_it_says(tmp_path, monkeypatch):
+    shutil.copy(elva_hf.tiny_checkpoint() / "demo.mp4", tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    save_teacher(tmp_path / "path" / "to" / "siglip")
+    (block,) = blocks("python", (ROOT / "docs" / "training.md").read_text())
+    namespace = {}
+    exec(compile(block, "training.md", "exec"), namespace)
+    said = block.splitlines()[-1].partition("# ")[2].split(", ")
+    assert set(said) <= set(namespace["trainer"].state.log_history[0])
+    assert said[0] == "loss" and len(said) == 5
+
+
+def find_command(words):
+    command = get_command(app)
+    while words and hasattr(command, "commands"):
+        command, words = command.commands[words[0]], words[1:]
+    return command
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_the_commands_of_a_page_exist_with_their_options(page):
+    shown = re.findall(r"^elva (.*)$", "\n".join(blocks("sh", (ROOT / page).read_text())), re.MULTILINE)
+    assert len(shown) >= 3 or page not in ("README.md", "docs/training.md")
+    for line in shown:
+        line = line.partition("#")[0]
+        options = {option for parameter in find_command(line.split()).params for option in parameter.opts}
+        assert set(re.findall(r"(?<!\S)--[\w-]+", line)) <= options | {"--help"}, line
 
 
 def test_the_make_targets_of_the_documents_exist():

@@ -25,6 +25,7 @@ PUBLIC = [
     "MergeSchedule",
     "MergeStep",
     "PlaceholderError",
+    "TrainingError",
     "UrlPolicy",
     "VideoClip",
     "VideoError",
@@ -47,7 +48,15 @@ def test_root_files_name_exactly_what_the_package_does(name):
 
 
 @pytest.mark.parametrize(
-    "error", ["CheckpointError", "ConfigurationError", "ContextOverflowError", "PlaceholderError", "VideoError"]
+    "error",
+    [
+        "CheckpointError",
+        "ConfigurationError",
+        "ContextOverflowError",
+        "PlaceholderError",
+        "TrainingError",
+        "VideoError",
+    ],
 )
 def test_every_error_is_an_elva_error(error):
     assert issubclass(getattr(elva_hf, error), elva_hf.ElvaError)

@@ -23,6 +23,7 @@ from elva_hf.errors_elva import (
     ContextOverflowError,
     ElvaError,
     PlaceholderError,
+    TrainingError,
     VideoError,
 )
 from elva_hf.limits_elva import DecodingLimits, UrlPolicy
@@ -51,6 +52,7 @@ __all__ = [
     "MergeSchedule",
     "MergeStep",
     "PlaceholderError",
+    "TrainingError",
     "UrlPolicy",
     "VideoClip",
     "VideoError",
