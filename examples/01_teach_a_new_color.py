@@ -48,8 +48,13 @@ def about_the_word(scene: Scene) -> list[Question]:
 
 
 def beside_the_word(scene: Scene) -> list[Question]:
-    """The same questions about the other things in the clip: is everything orange now?"""
+    """The same questions about the other things in the clip, without which all that is near orange becomes orange."""
     return [q for q in questions(scene) if q.task in ("color", "shape") and WORD not in f"{q.text} {q.answer}"]
+
+
+def about_the_clip(scene: Scene) -> list[Question]:
+    """Colour and shape of everything in it."""
+    return about_the_word(scene) + beside_the_word(scene)
 
 
 def write_data(folder: Path, scenes: Sequence[Scene], ask: Any) -> Path:
@@ -82,7 +87,7 @@ def some_questions(scene: Scene, count: int) -> list[Question]:
     return Random(scene.seed).sample(asked, min(count, len(asked)))
 
 
-def command(out: Path, sources: dict[str, Path], steps: int, batch_size: int) -> list[str]:
+def command(options: argparse.Namespace, out: Path, sources: dict[str, Path]) -> list[str]:
     """The `elva train` command line: the `lora` recipe, with what a model of one million parameters needs."""
     fields = {
         "model.path": elva_hf.tiny_checkpoint(),
@@ -91,10 +96,10 @@ def command(out: Path, sources: dict[str, Path], steps: int, batch_size: int) ->
         "lora.lora_alpha": 32,
         "lora.lora_dropout": 0.0,
         "lora.new_words": f"[{WORD}]",
-        "training.learning_rate": 5.0e-3,
-        "training.max_steps": steps,
-        "training.batch_size": batch_size,
-        "training.per_device_train_batch_size": batch_size,
+        "training.learning_rate": options.learning_rate,
+        "training.max_steps": options.steps,
+        "training.batch_size": options.batch_size,
+        "training.per_device_train_batch_size": options.batch_size,
         "training.bf16": "false",
         "training.use_cpu": "true",
         "data.num_workers": 1,
@@ -146,14 +151,14 @@ def teach(options: argparse.Namespace, replay: bool) -> tuple[Path, float]:
     started = time.monotonic()
     first = options.seed * 10_000
     new = [recolor(sample_scene(NEW_SCENES + first + i)) for i in range(options.clips)]
-    sources = {"clips": write_data(options.out / "clips", new, about_the_word)}
+    sources = {"clips": write_data(options.out / "clips", new, about_the_clip)}
     if replay:
         old = [sample_scene(OLD_SCENES + first + i) for i in range(options.clips)]
         sources["replay"] = write_data(
             options.out / "replay", old, partial(some_questions, count=options.replay_questions)
         )
     run = options.out / ("adapter" if replay else "adapter_without_replay")
-    line = command(run, sources, options.steps, options.batch_size)
+    line = command(options, run, sources)
     print("elva " + " ".join(line), flush=True)
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # a model this small gains nothing from more
     subprocess.run([sys.executable, "-m", "elva_hf.cli", *line], check=True, env=one_thread)
@@ -167,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--clips", type=int, default=300, help="clips of the new colour, and as many of old scenes")
     parser.add_argument("--steps", type=int, default=300, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=8, help="clips in a step")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, help="at its peak")
     parser.add_argument("--seed", type=int, default=0, help="of the training clips")
     parser.add_argument("--split", default="test", help="where the questions come from; validation is for choosing")
     parser.add_argument("--replay-questions", type=int, default=6, help="questions about each old scene")

@@ -15,12 +15,12 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from planted_faults import FAULTS, Fault
@@ -68,6 +68,7 @@ def _run_pytest(folder: str, tests: tuple[str, ...]) -> None:
     """In a process of its own, whose libraries are imported and whose `elva_hf` is not."""
     os.setsid()
     os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)  # what tests start is started as without this server
     os.environ["PYTHONPATH"] = f"{folder}/src"
     sys.path[:] = [f"{folder}/src", *(path for path in sys.path if path != str(ROOT / "scripts"))]
     output = os.open(PRINTED, os.O_WRONLY | os.O_CREAT)
@@ -75,6 +76,10 @@ def _run_pytest(folder: str, tests: tuple[str, ...]) -> None:
         os.dup2(output, stream)
     import pytest
 
+    found = find_spec("elva_hf").origin
+    if not found.startswith(str(Path(folder).resolve())):
+        print(f"the copy is not what Python imports: {found}", flush=True)
+        os._exit(pytest.ExitCode.USAGE_ERROR)
     status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--tb=short", *tests])
     sys.stdout.flush()
     os._exit(int(status))
@@ -104,12 +109,6 @@ def check_unharmed(faults: Iterable[Fault]) -> bool:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         copy_tree(folder)
-        where = [sys.executable, "-c", "import elva_hf; print(elva_hf.__file__)"]
-        environment = {**os.environ, "PYTHONPATH": str(folder / "src")}
-        found = subprocess.run(where, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
-        if str(folder.resolve()) not in found:
-            log.error("the copy is not what Python imports: %s", found.strip())
-            return False
         for tests in _join_tests(faults):
             options = ["--numprocesses", str(JOBS), "--dist", "loadfile"]
             status, printed = run_tests(folder, [*options, *tests], 4 * SECONDS)

@@ -11,7 +11,8 @@ _start = PartialState.__init__
 
 def start(self, *args, **kwargs):
     _start(self, *args, **kwargs)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    seen = PartialState._shared_state["distributed_type"]  # shared: once it is FSDP it must stay so
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and seen == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 

@@ -182,7 +182,7 @@ DATA = (
         "data/batching.py",
         "permute(places, size, seed=self.seed, epoch=epoch)",
         "permute(places, size, seed=self.seed)",
-        (BATCHING, "-k", "shuffled_epoch"),
+        (BATCHING, "-k", "has_not_seen"),
     ),
     Fault(
         "a grouped sampler forgets the epoch",

@@ -29,7 +29,7 @@ GUIDING = (
         "training/losses.py",
         "return errors / places.to(errors.device)",
         "return errors",
-        (LOSSES, "-k", "weighs_the_same"),
+        (LOSSES, "-k", "equals_a_loop"),
     ),
     Fault(
         "L_MSE is a mean over features",
@@ -43,7 +43,7 @@ GUIDING = (
         "training/losses.py",
         ".index_add(0, places, _full(features))",
         ".index_copy(0, places, _full(features))",
-        (LOSSES, "-k", "averaged_before_pooling"),
+        (LOSSES, "-k", "equals_a_loop"),
     ),
     Fault(
         "places are pooled after they are normalised",
@@ -171,7 +171,7 @@ GUIDING = (
         "the last, shorter accumulation of an epoch is divided by the usual one",
         "training/trainer.py",
         "self.guidance_hook.accumulation_steps = max(len(batches), 1)",
-        "self.guidance_hook.accumulation_steps = num_batches",
+        "self.guidance_hook.accumulation_steps = self.args.gradient_accumulation_steps",
         (TRAINER, "-k", "shorter_accumulation"),
     ),
     Fault(

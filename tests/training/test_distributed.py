@@ -46,7 +46,7 @@ def two_processes(tmp_path_factory):
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": str(script.parent),
+        "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
     }
     logs = [folder / f"log{rank}" for rank in range(2)]
     processes = [
