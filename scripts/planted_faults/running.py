@@ -192,7 +192,7 @@ RUNNING = (
         "every stage starts from the first one's weights",
         "training/run.py",
         "            stage = starting_from(stage, folder)\n",
-        "            stage = starting_from(stage, recipe.stages[0].model.path)\n",
+        "            stage = replace(stage, model=recipe.stages[0].model)\n",
         (RUN, "-k", "hands_its_model_on"),
     ),
     Fault(
@@ -207,7 +207,7 @@ RUNNING = (
         "training/run.py",
         "        cache.check(None if teacher is None else teacher.spec, pixels.patch_size)\n",
         "",
-        (RUN, "-k", "cache"),
+        (RUN, "-k", "cache_of_another"),
     ),
     Fault(
         "what is frozen trains",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from toy_runs import read_log, save_teacher, small, toy_source
 from transformers import AutoModelForCausalLM
 
+import elva_hf
 from elva_hf.training.recipe import read_recipe
 from elva_hf.training.run import train
 
@@ -71,6 +72,22 @@ def arguments(folder, teacher, per_device):
     changes = {"per_device_train_batch_size": per_device, "max_steps": STEPS, "save_steps": 2, "logging_steps": 1}
     source = toy_source(num_videos=512, num_frames=2, single_share=1.0)
     return [*small(folder, **changes), "model.preset=tiny", f"guidance.teacher={teacher}", source]
+
+
+def test_sharded_processes_save_the_adapter_that_one_saves(tmp_path):
+    def lora(folder, per_device):
+        changes = {"per_device_train_batch_size": per_device, "max_steps": STEPS, "save_steps": 2, "logging_steps": 1}
+        source = toy_source(num_videos=512, num_frames=2, single_share=1.0)
+        return [*small(folder, **changes), f"model.path={elva_hf.tiny_checkpoint()}", "lora.lora_dropout=0.0", source]
+
+    one = train(read_recipe("lora", lora(tmp_path / "one", 16)))
+    launch(LAUNCH / "fsdp2.yaml", "lora", *lora(tmp_path / "two", 8))
+    two = tmp_path / "two" / "model"
+    single, double = (load_file(folder / "adapter_model.safetensors") for folder in (one, two))
+    assert single.keys() == double.keys()
+    for key in single:
+        torch.testing.assert_close(double[key], single[key], rtol=0, atol=2e-4, msg=key)
+    assert AutoModelForCausalLM.from_pretrained(two).peft_config
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

@@ -7,11 +7,14 @@ import yaml
 from safetensors.torch import load_file
 from toy_runs import read_log, save_teacher
 
+from elva_hf.data.datasets import BadSamples
 from elva_hf.errors_elva import CheckpointError, ConfigurationError
 from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training import run
 from elva_hf.training.building import build_model, build_processor
 from elva_hf.training.recipe import read_recipe
+from elva_hf.training.teacher_cache import TeacherCacheWriter
+from elva_hf.training.teaching import RowsToTeach, teach
 
 SOURCE = {"toy": {"format": "toy_world", "options": {"num_videos": 64, "num_frames": 2, "questions_per_video": 2}}}
 TRAINING = {
@@ -124,15 +127,40 @@ def test_only_the_named_parts_train(tmp_path):
     assert all(key.startswith("model.patch_embed.") for key in changed)
 
 
-def test_features_of_a_cache_teach_what_the_teacher_itself_teaches(tmp_path):
-    pytest.importorskip("elva_hf.cli.teaching")
-    teacher = save_teacher(tmp_path / "teacher")
-    (stage,) = read_recipe(write(tmp_path), [f"guidance.teacher={teacher}"]).stages
-    processor = build_processor(stage)
-    live, cache = run.open_teacher(stage, processor)
+def teach_toy(recipe, overrides, folder):
+    """The recipe's teacher, and a cache of what it says of the recipe's rows."""
+    (stage,) = read_recipe(recipe, overrides).stages
+    processor, rows = build_processor(stage), run.open_rows(stage)
+    teacher, cache = run.open_teacher(stage, processor)
     assert cache is None
-    assert live.spec.width == 32
-    assert live.spec.layer == -2
+    with TeacherCacheWriter(folder, teacher.spec, processor.video_processor.patch_size) as writer:
+        to_teach = RowsToTeach(rows, range(len(rows)), processor, BadSamples(None, 0, 1), **stage.video.options)
+        assert teach(to_teach, teacher, writer).added == 64
+    return teacher
+
+
+def test_features_of_a_cache_teach_what_the_teacher_itself_teaches(tmp_path):
+    live = [f"guidance.teacher={save_teacher(tmp_path / 'teacher')}"]
+    spec = teach_toy(write(tmp_path), live, tmp_path / "cache").spec
+    assert (spec.width, spec.layer) == (32, -2)
+    cached = [f"guidance.cache={tmp_path / 'cache'}"]
+    logs = {}
+    for name, overrides in {"live": live, "cached": cached}.items():
+        run.train(read_recipe(write(tmp_path), [*overrides, f"output_dir={tmp_path / name}"]))
+        logs[name] = read_log(tmp_path / name)
+    for one, other in zip(logs["live"], logs["cached"], strict=True):
+        for loss in ("loss_gen", "loss_mse", "loss_con"):
+            assert other[loss] == pytest.approx(one[loss], rel=5e-3), loss  # features are kept in float16
+    assert len({entry["loss_mse"] for entry in logs["live"]}) == len({entry["loss_con"] for entry in logs["live"]}) == 4
+
+
+def test_a_cache_of_another_teacher_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    live = [f"guidance.teacher={save_teacher(tmp_path / 'teacher')}"]
+    teach_toy(write(tmp_path), live, tmp_path / "cache")
+    monkeypatch.setattr(run, "build_model", lambda *args: pytest.fail("weights were loaded"))
+    overrides = [*live, "guidance.layer=-3", f"guidance.cache={tmp_path / 'cache'}"]
+    with pytest.raises(ConfigurationError, match=r"is of teacher .*layer -2.*asked for is .*\(layer -2 against -3\)"):
+        run.train(read_recipe(write(tmp_path), overrides))
 
 
 def test_a_text_model_becomes_a_model_that_sees(tmp_path):

@@ -305,12 +305,17 @@ def test_a_checkpoint_holds_the_heads_and_never_the_teacher(tmp_path):
 @pytest.mark.parametrize("logging_steps", [1, 4])
 def test_a_resumed_run_ends_as_an_uninterrupted_one(logging_steps, tmp_path):
     options = {"max_steps": 4, "logging_steps": logging_steps, "split": (1, 2), "grad_cache": True}
-    straight = checkpointed(tmp_path / "one", **options)
+
+    def begin(folder, seed=0):
+        model = guided_model(seed=seed, text={"attention_dropout": 0.5}).double()
+        return checkpointed(tmp_path / folder, model=model, **options)
+
+    straight = begin("one")
     straight.train()
-    stopped = checkpointed(tmp_path / "two", **options)
+    stopped = begin("two")
     stopped.add_callback(StopAfter(1))
     stopped.train()
-    resumed = checkpointed(tmp_path / "two", model=guided_model(seed=5).double(), **options)
+    resumed = begin("two", seed=5)
     resumed.train(resume_from_checkpoint=True)
     for name, value in straight.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name

@@ -277,9 +277,11 @@ def save_model(trainer: Any, processor: Any, folder: Path) -> Path:
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
-    if trainer.is_fsdp_enabled and not hasattr(trainer.model, "peft_config"):
+    if trainer.is_fsdp_enabled:
         state = trainer.accelerator.get_state_dict(trainer.model)  # whole on the first process
-        if trainer.is_world_process_zero():
+        if trainer.is_world_process_zero() and hasattr(trainer.model, "peft_config"):
+            trainer.model.save_pretrained(partial, state_dict=state)
+        elif trainer.is_world_process_zero():
             unsharded(trainer.model, state).save_pretrained(partial)
     else:
         trainer.save_model(str(partial))
