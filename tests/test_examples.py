@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elva_hf.data.toy_world import COLORS, questions, sample_scene
+from elva_hf.data.toy_world import COLORS, SHAPES, questions, sample_scene
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -65,7 +65,8 @@ def test_the_data_is_a_llava_file_of_clips(teach, tmp_path):
 def taught(teach, tmp_path_factory):
     """The example, scaled down: its table, and the folder in which `runs/orange` is what it left."""
     folder = tmp_path_factory.mktemp("taught")
-    sizes = {"clips": 96, "steps": 110, "batch-size": 6, "replay-questions": 3, "num-questions": 8, "new-questions": 30}
+    sizes = {"clips": 96, "steps": 130, "batch-size": 6, "replay-questions": 3, "num-questions": 5, "new-questions": 30}
+    sizes["learning-rate"] = 5e-3  # so few steps need a higher one
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     return teach.main(["--out", str(folder / "runs" / "orange"), "--split", "validation", *options]), folder
 
@@ -76,8 +77,8 @@ def test_the_checkpoint_learns_a_new_colour(taught):
     for task in ("color", "shape"):
         assert before[f"orange: {task}"] == 0
         assert after[f"orange: {task}"] >= 0.6, after
-        assert after[f"beside orange: {task}"] >= before[f"beside orange: {task}"] - 0.5, after
-    assert after["known: mean"] >= before["known: mean"] - 0.35, after  # 110 steps forget more than the example's
+        assert after[f"beside orange: {task}"] >= before[f"beside orange: {task}"] - 0.35, after
+    assert after["known: mean"] >= before["known: mean"] - 0.35, after  # so few steps forget more than the example's
 
 
 def test_what_is_left_is_an_adapter_and_no_model(taught):
@@ -92,9 +93,10 @@ def test_the_python_blocks_of_the_lora_document_run(taught, monkeypatch, capsys)
     clip = sorted(Path("runs/orange/clips").glob("*.mp4"))[0]
     shutil.copy(clip, "clip.mp4")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "lora.md").read_text(), re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= 2
     namespace = {}
     for block in blocks:
         exec(compile(block, "docs/lora.md", "exec"), namespace)
-    said = capsys.readouterr().out.split()
-    assert len(said) == 2 and said[0] == said[1], said  # the adapter and the merged weights answer alike
+    out = capsys.readouterr().out
+    said = [word for word in out.split() if word in SHAPES]
+    assert len(said) == 2 and said[0] == said[1], out  # the adapter and the merged weights answer alike

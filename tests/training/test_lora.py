@@ -19,6 +19,8 @@ from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel
 from elva_hf.peft_elva import LORA_TARGETS, register_lora_targets
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.lora import LoraOptions, add_lora, load_kwargs, lora_config, word_token_ids
+from elva_hf.training.plan import plan_recipe
+from elva_hf.training.recipe import read_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks
 
@@ -402,6 +404,17 @@ def with_adapter_name(name):
     if ".patch_embed." in name:
         return name.replace(".patch_embed.", ".patch_embed.modules_to_save.default.")
     return name.replace(".weight", ".default.weight")
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_a_recipe_is_planned_with_its_model(name, base):
+    (plan,) = plan_recipe(read_recipe(name, [f"model.path={base}", "training.max_steps=1"]))
+    assert list(plan.trained) == ["lora", "patch_embed"]
+    assert plan.trained["lora"] == sum(
+        p.numel()
+        for key, p in add_lora(AutoModelForCausalLM.from_pretrained(base), LoraOptions()).named_parameters()
+        if ".lora_" in key
+    )
 
 
 # Options that cannot be

@@ -1,7 +1,7 @@
 """LoRA and QLoRA: low-rank updates of the decoder, with a visual front end that trains in full.
 
 The defaults are the field's for supervised fine-tuning of a video model: rank 64, alpha twice the rank, every linear
-layer of the decoder's attention and MLP. Why, and what was measured: `docs/lora.md`.
+layer of the decoder's attention and MLP. Why, and what was measured with a small rank: `docs/lora.md`.
 """
 
 from __future__ import annotations
