@@ -37,7 +37,7 @@ mixins: $(VENV)/.tested  ## transformers' own common tests on our classes, witho
 	$(BIN)/python scripts/run_mixins.py
 	ELVA_MERGE_SCHEDULE='[{"layer": 1, "target_ratio": 0.5}]' $(BIN)/python scripts/run_mixins.py
 
-mutants: $(VENV)/.tested  ## plant faults in merging and decoding: the tests must see each
+mutants: $(VENV)/.tested  ## plant faults in merging, decoding, training and data: the tests must see each
 	$(BIN)/python scripts/mutants.py
 
 heavy: $(VENV)/.tested  ## tests that need more than `make test` installs: DeepSpeed, bitsandbytes, a text model of 98 MB

@@ -3,8 +3,11 @@
 from .data import DATA
 from .decoding import DECODING
 from .fault import Fault
-from .guiding import GUIDING
+from .losses import LOSS_TERMS
 from .merging import MERGING
+from .orders import ORDERS
+from .recipes import RECIPES
 from .running import RUNNING
+from .teaching import TEACHING
 
-FAULTS: tuple[Fault, ...] = (*MERGING, *DECODING, *GUIDING, *RUNNING, *DATA)
+FAULTS: tuple[Fault, ...] = (*MERGING, *DECODING, *LOSS_TERMS, *TEACHING, *RUNNING, *RECIPES, *DATA, *ORDERS)

@@ -1,4 +1,4 @@
-"""Faults of the data: rows, labels, packing, samples, orders, mixtures."""
+"""Faults of rows, labels, shared prefixes and batches."""
 
 from .fault import Fault
 
@@ -7,13 +7,9 @@ ENCODING = "tests/data/test_encoding.py"
 PACKING = "tests/data/test_packing.py"
 SEGMENTS = "tests/test_segments.py"
 COLLATOR = "tests/data/test_collator.py"
-DATASETS = "tests/data/test_datasets.py"
-LENGTHS = "tests/data/test_lengths.py"
-BATCHING = "tests/data/test_batching.py"
-MIXTURES = "tests/data/test_mixtures.py"
+CHECKED = "tests/cli/test_data_check.py"
 
 DATA = (
-    # rows
     Fault(
         "media of a record in another order than its placeholders",
         "data/schemas.py",
@@ -28,7 +24,6 @@ DATA = (
         "        if False:\n",
         (ROWS, "-k", "stay_in_it"),
     ),
-    # labels
     Fault(
         "labels on what the template writes after an answer",
         "data/encoding.py",
@@ -68,7 +63,6 @@ DATA = (
         "pad((sample.labels for sample in samples), pad_token_id)",
         (COLLATOR, "-k", "padded_on_the_right"),
     ),
-    # shared prefix
     Fault(
         "a question sees the questions before it",
         "attention_elva.py",
@@ -126,161 +120,74 @@ DATA = (
         "            tubes.insert(0, of_clips)\n            frames.insert(0, of_frames)\n",
         (COLLATOR, "-k", "order_of_videos"),
     ),
-    # samples
     Fault(
-        "another substitute for a bad sample at every try",
-        "data/datasets.py",
-        'generator = random.Random(f"{seed}/{epoch}/{index}")',
-        "generator = random.Random()",
-        (DATASETS, "-k", "what_replaces"),
+        "special tokens that people typed are special",
+        "data/encoding.py",
+        "bordered, sanitize_control_tokens=True, return_attention_mask=False",
+        "bordered, return_attention_mask=False",
+        (ENCODING, "-k", "labels_are_the or prompt_of_inference"),
     ),
     Fault(
-        "the same substitute in every epoch",
-        "data/datasets.py",
-        'generator = random.Random(f"{seed}/{epoch}/{index}")',
-        'generator = random.Random(f"{seed}/{index}")',
-        (DATASETS, "-k", "what_replaces"),
+        "two tokens at the start of a text",
+        "data/encoding.py",
+        'return {"add_special_tokens": False} if bos is not None and text.startswith(bos) else {}',
+        "return {}",
+        (ENCODING,),
     ),
     Fault(
-        "bad samples are not written down",
-        "data/datasets.py",
-        "        append_line(self.path, json.dumps(line, ensure_ascii=False))\n",
-        "",
-        (DATASETS, "-k", "replaced_and_written_down"),
+        "the context of the first question alone is checked",
+        "data/encoding.py",
+        "longest = max(range(len(conversations)), key=lambda i: len(conversations[i].ids))",
+        "longest = 0",
+        (ENCODING, "-k", "independent or context or plan"),
     ),
     Fault(
-        "too many bad samples do not stop the run",
-        "data/datasets.py",
-        "if seen >= self.min_samples and bad > self.max_fraction * seen:",
-        "if False:",
-        (DATASETS, "-k", "too_many"),
+        "a plan counts the video for every question",
+        "data/encoding.py",
+        "num_tokens = len(share_prefix(parts, processor.video_end_token_id)[0])",
+        "num_tokens = sum(len(ids) for ids, _ in parts)",
+        (ENCODING, "-k", "a_plan_is"),
     ),
     Fault(
-        "bad samples of other workers are not counted",
-        "data/datasets.py",
-        "torch.zeros(_SLOTS, 2, dtype=torch.long).share_memory_()  # a row",
-        "torch.zeros(_SLOTS, 2, dtype=torch.long)  # a row",
-        (DATASETS, "-k", "over_all_workers"),
+        "what is shared ends with the first of several videos",
+        "data/packing.py",
+        "length = len(first) - first[::-1].index(last_shared) if",
+        "length = first.index(last_shared) + 1 if",
+        (PACKING, "-k", "last_video"),
     ),
     Fault(
-        "faults of the program are bad samples",
-        "data/datasets.py",
-        "BAD = (ElvaError, OSError)",
-        "BAD = (Exception,)",
-        (DATASETS, "-k", "faults_of_the_program"),
+        "media without a placeholder stand after the text",
+        "data/schemas.py",
+        "[*first, *_blocks(turn",
+        "[*_blocks(turn",
+        (ROWS, "-k", "swift"),
     ),
     Fault(
-        "a stream starts again after a resume",
-        "data/datasets.py",
-        '        self.rows.load_state_dict(state["rows"])\n',
-        "",
-        (DATASETS, "-k", "resumed_where_it_was"),
-    ),
-    # orders
-    Fault(
-        "a sampler forgets the epoch",
-        "data/batching.py",
-        "permute(places, size, seed=self.seed, epoch=epoch)",
-        "permute(places, size, seed=self.seed)",
-        (BATCHING, "-k", "has_not_seen"),
+        "a batch of the right length is padded on",
+        "data/collator.py",
+        "length = -(-length // pad_to_multiple_of) * pad_to_multiple_of",
+        "length = length // pad_to_multiple_of * pad_to_multiple_of + pad_to_multiple_of",
+        (COLLATOR, "-k", "rounded_up"),
     ),
     Fault(
-        "a grouped sampler forgets the epoch",
-        "data/batching.py",
-        "    def __iter__(self) -> Iterator[int]:\n        epoch = self.epoch\n",
-        "    def __iter__(self) -> Iterator[int]:\n        epoch = 0\n",
-        (BATCHING, "-k", "every_sample_comes_once"),
+        "elva data check ends well though rows are wrong",
+        "cli/data.py",
+        "        raise typer.Exit(WRONG)\n",
+        "        pass\n",
+        (CHECKED, "-k", "everything_that"),
     ),
     Fault(
-        "steps come sorted by length",
-        "data/batching.py",
-        "np.random.default_rng((self.seed, epoch, number)).permutation(len(full))",
-        "np.arange(len(full))",
-        (BATCHING, "-k", "not_sorted"),
+        "rows of several questions make a cache",
+        "decoder_elva.py",
+        "        use_cache = False\n    tubes",
+        "    tubes",
+        (SEGMENTS,),
     ),
     Fault(
-        "padding does not count in a budget of tokens",
-        "data/batching.py",
-        "if (end + 1 - start) * length > max_tokens:",
-        "if lengths[start : end + 1].sum() > max_tokens:",
-        (BATCHING, "-k", "keep_to_their_tokens or one_more"),
-    ),
-    Fault(
-        "a process has a batch more than another",
-        "data/batching.py",
-        "    while len(batches) % num_replicas:\n",
-        "    while False:\n",
-        (BATCHING, "-k", "ranks_step_together or halving"),
-    ),
-    Fault(
-        "lengths of other options are taken from the file",
-        "data/lengths.py",
-        '        "options": dict(options),\n',
-        "",
-        (LENGTHS, "-k", "another_fingerprint"),
-    ),
-    # mixtures
-    Fault(
-        "weights of a mixture are not read",
-        "data/sources.py",
-        "return _apportion(sum(lengths), [weight or 0.0 for weight in weights])",
-        "return lengths",
-        (MIXTURES, "-k", "weights_share_out"),
-    ),
-    Fault(
-        "repeat of a source is not read",
-        "data/sources.py",
-        "round(length * source.repeat)",
-        "length",
-        (MIXTURES, "-k", "as_it_is_repeated"),
-    ),
-    Fault(
-        "the same part of a source in every epoch",
-        "data/mixtures.py",
-        "self._row(number, epoch * self.counts[number] + drawn)",
-        "self._row(number, drawn)",
-        (MIXTURES, "-k", "goes_on_in_the_next_epoch"),
-    ),
-    Fault(
-        "workers that persist do not see the epoch change",
-        "data/mixtures.py",
-        "torch.zeros(1, dtype=torch.long).share_memory_()  # workers",
-        "torch.zeros(1, dtype=torch.long)  # workers",
-        (MIXTURES, "-k", "workers_that_persist"),
-    ),
-    Fault(
-        "all workers read the same rows",
-        "data/streams.py",
-        "return self.rank * count + number, self.world_size * count",
-        "return self.rank, self.world_size",
-        (MIXTURES, "-k", "workers_share"),
-    ),
-    Fault(
-        "a stream loses its buffer on resuming",
-        "data/streams.py",
-        '[(number, drawn) for number, drawn in state["buffer"]]',
-        "[]",
-        (MIXTURES, "-k", "stops_anywhere"),
-    ),
-    Fault(
-        "a resumed stream reads its rows again",
-        "data/streams.py",
-        '        self.drawn = list(state["drawn"])\n',
-        "",
-        (MIXTURES, "-k", "stops_anywhere"),
-    ),
-    Fault(
-        "a resumed stream draws other random numbers",
-        "data/streams.py",
-        '        self.random.state = state["random"]\n',
-        "",
-        (MIXTURES, "-k", "stops_anywhere"),
-    ),
-    Fault(
-        "a state of another seed or number of workers is accepted",
-        "data/streams.py",
-        'if state["mixture"].get(name) != now:',
-        "if False:",
-        (MIXTURES, "-k", "another_stream"),
+        "merging does not shorten the prefix",
+        "packing_elva.py",
+        "return [[length - sum(questions), *questions] for length, questions in each]",
+        "return [[int(row.sum()) - sum(part), *part] for (_, part), row in zip(each, self.valid, strict=True)]",
+        (SEGMENTS, "-k", "gets_alone"),
     ),
 )

@@ -1,15 +1,11 @@
-"""Faults of runs: checkpoints, steps that are not finite, recipes, LoRA."""
+"""Faults of checkpoints and of steps that are not finite."""
 
 from .fault import Fault
 
+TRAINER = "tests/training/test_trainer.py"
 CHECKPOINTS = "tests/training/test_checkpoints.py"
 RESUME = "tests/training/test_resume.py"
-TRAINER = "tests/training/test_trainer.py"
 NONFINITE = "tests/training/test_nonfinite.py"
-RECIPE = "tests/training/test_recipe.py"
-RUN = "tests/training/test_run.py"
-LORA = "tests/training/test_lora.py"
-QLORA = "tests/training/test_qlora.py"
 
 RUNNING = (
     # checkpoints
@@ -144,119 +140,88 @@ RUNNING = (
         "            pass\n",
         (RESUME, "-k", "skipped_on_all"),
     ),
-    # recipes
     Fault(
-        "unknown fields of a recipe are read past",
-        "training/reading.py",
-        "    for name in values:\n        if name not in known:\n",
-        "    values = {name: value for name, value in values.items() if name in known}\n"
-        "    for name in values:\n        if name not in known:\n",
-        (RECIPE, "-k", "wrong_field"),
-    ),
-    Fault(
-        "overrides are text",
-        "training/reading.py",
-        'return _convert(_from_text(value, hint), hint, where, ".".join(keys))',
-        "return value",
-        (RECIPE, "-k", "type_of_its_field"),
-    ),
-    Fault(
-        "a number is taken for true",
-        "training/reading.py",
-        "return arm in _NAMES and type(value) is arm",
-        "return arm in _NAMES and isinstance(value, arm)",
-        (RECIPE, "-k", "wrong_field or wrong_override"),
-    ),
-    Fault(
-        "the last of two equal fields counts",
-        "training/reading.py",
-        "if double is not None:",
-        "if False:",
-        (RECIPE, "-k", "stands_twice"),
-    ),
-    Fault(
-        "an override reaches the first stage only",
-        "training/recipe.py",
-        "    for stage in chosen:\n",
-        "    for stage in chosen[:1]:\n",
-        (RECIPE, "-k", "every_stage"),
-    ),
-    Fault(
-        "a batch that does not divide is rounded down",
-        "training/sections.py",
-        "if training.batch_size % at_once:",
-        "if training.batch_size < at_once:",
-        (RECIPE, "-k", "does_not_divide"),
-    ),
-    Fault(
-        "every stage starts from the first one's weights",
-        "training/run.py",
-        "            stage = starting_from(stage, folder)\n",
-        "            stage = replace(stage, model=recipe.stages[0].model)\n",
-        (RUN, "-k", "hands_its_model_on"),
-    ),
-    Fault(
-        "a run goes on with other fields",
-        "training/run.py",
-        "    if changed:\n",
-        "    if False:\n",
-        (RUN, "-k", "other_fields"),
-    ),
-    Fault(
-        "the cache of a run is not compared with its teacher",
-        "training/run.py",
-        "        cache.check(None if teacher is None else teacher.spec, pixels.patch_size)\n",
+        "callbacks made anew by a resume know no trainer",
+        "training/trainer.py",
+        "        self._introduce()  # to new instances\n",
         "",
-        (RUN, "-k", "cache_of_another"),
+        (TRAINER, "-k", "makes_anew"),
     ),
     Fault(
-        "what is frozen trains",
-        "training/building.py",
-        "        parameter.requires_grad_(id(parameter) in trained)\n",
-        "        parameter.requires_grad_(True)\n",
-        (RUN, "-k", "named_parts"),
+        "callbacks added since a checkpoint break the next save",
+        "training/checkpoints.py",
+        "        self._keep_callback_states()\n",
+        "",
+        (CHECKPOINTS, "-k", "callbacks_keep"),
     ),
     Fault(
-        "merging of a stage is not set",
-        "training/run.py",
-        "    model = build_model(stage, processor, ",
-        "    model = build_model(replace(stage, model=replace(stage.model, merge_schedule=None)), processor, ",
-        (RUN, "-k", "hands_its_model_on"),
-    ),
-    # LoRA
-    Fault(
-        "LoRA leaves the patch embedding frozen",
-        "training/lora.py",
-        'default_factory=lambda: ["patch_embed"]',
-        "default_factory=list",
-        (LORA, "-k", "gradients_reach"),
+        "the final mean of a resumed run counts the loss before it",
+        "training/checkpoints.py",
+        'self._total_loss_scalar -= self._resumed_loss["loss"]',
+        "pass",
+        (CHECKPOINTS, "-k", "final_mean"),
     ),
     Fault(
-        "an adapter lacks the task heads",
-        "training/lora.py",
-        '        saved.append("guidance")\n',
-        "        pass\n",
-        (LORA, "-k", "gradients_reach or guided_adapter"),
+        "a checkpoint caught between two renames is lost",
+        "training/checkpoints.py",
+        "    folder = Path(folder)\n    _put_back_replaced(folder)\n",
+        "    folder = Path(folder)\n",
+        (CHECKPOINTS, "-k", "replaced_or_kept"),
     ),
     Fault(
-        "LoRA acts on the patch embedding too",
-        "peft_elva.py",
-        r"(.*\.)?language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj",
-        r".*\.\w+_proj",
-        (LORA, "-k", "default_targets"),
+        "a checkpoint of the same step is deleted before it is replaced",
+        "training/checkpoints.py",
+        'os.rename(final, partial.with_name(f"replaced-{final.name}"))',
+        "shutil.rmtree(final)",
+        (CHECKPOINTS, "-k", "replaced_or_kept"),
     ),
     Fault(
-        "new words do not train the head that is not tied",
-        "training/lora.py",
-        '["embed_tokens"] if tied else ["embed_tokens", "lm_head"]',
-        '["embed_tokens"]',
-        (LORA, "-k", "new_words_train"),
+        "the name of a checkpoint is not synced",
+        "training/checkpoints.py",
+        "    os.rename(partial, final)\n    _sync(final.parent)\n",
+        "    os.rename(partial, final)\n",
+        (CHECKPOINTS, "-k", "before_the_one"),
     ),
     Fault(
-        "QLoRA quantises the patch embedding",
-        "training/lora.py",
-        r"""(r"(model\.)?patch_embed", "guidance", "lm_head")""",
-        """("patch_embed", "guidance", "lm_head")""",
-        (QLORA,),
+        "a cut file without a hash is not noticed",
+        "training/checkpoints.py",
+        "    if found != size:\n",
+        "    if False:\n",
+        (CHECKPOINTS, "-k", "cut_file"),
+    ),
+    Fault(
+        "a full disk met by torch is not told",
+        "training/checkpoints.py",
+        "any(part in str(error) for part in _STORAGE_MESSAGES)",
+        "False",
+        (CHECKPOINTS, "-k", "write_that_fails"),
+    ),
+    Fault(
+        "one skipped step too many in a row",
+        "training/nonfinite.py",
+        "if self.consecutive >= self.max_consecutive:",
+        "if self.consecutive > self.max_consecutive:",
+        (NONFINITE, "-k", "so_many"),
+    ),
+    Fault(
+        "counts of skipped steps start anew after a resume",
+        "training/nonfinite.py",
+        'counts = kept["attributes"] if kept else {}',
+        "counts = {}",
+        (NONFINITE, "-k", "survive"),
+    ),
+    Fault(
+        "a step that clipping made zero is taken",
+        "training/nonfinite.py",
+        "if found == ZERO and args.max_grad_norm > 0 and not self._norm_is_finite():",
+        "if False:",
+        (NONFINITE, "-k", "spoiled_step"),
+    ),
+    Fault(
+        "NaN stays in the log for good",
+        "training/nonfinite.py",
+        "            self._trainer._tr_loss.zero_()",
+        "            pass",
+        (NONFINITE, "-k", "logged"),
     ),
 )

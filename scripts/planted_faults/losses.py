@@ -1,4 +1,4 @@
-"""Faults of the losses, their guidance, the teacher and its cache."""
+"""Faults of the losses, of what attaches them to a model, and of their heads."""
 
 from .fault import Fault
 
@@ -7,15 +7,13 @@ GATHERING = "tests/training/test_gathering.py"
 GUIDANCE = "tests/training/test_guidance.py"
 TRAINER = "tests/training/test_trainer.py"
 RANKS = "tests/training/test_distributed.py"
-TEACHER = "tests/training/test_teacher.py"
-CACHE = "tests/training/test_teacher_cache.py"
 HEADS = "tests/test_guidance_elva.py"
 
 _OVER_RANKS = """        all_student = gather_rows(own_student, counts, group)
         all_teacher = gather_rows(own_teacher, counts, group)
 """
 
-GUIDING = (
+LOSS_TERMS = (
     # losses
     Fault(
         "L_MSE is a sum over videos",
@@ -252,118 +250,109 @@ GUIDING = (
         "return (embeddings.sum() * 0.0).detach().to(inputs_embeds.dtype)",
         (HEADS, "-k", "batch_of_text"),
     ),
-    # the teacher
     Fault(
-        "one layer above the penultimate",
-        "training/teacher.py",
-        "self.tower.num_states + self.spec.layer)",
-        "self.tower.num_states + self.spec.layer + 1)",
-        (TEACHER, "-k", "equal_a_direct_call and siglip"),
+        "L_Con in half precision under autocast",
+        "training/losses.py",
+        "    with torch.autocast(student.device.type, enabled=False):\n",
+        "    if True:\n",
+        (LOSSES, "-k", "low_precision"),
     ),
     Fault(
-        "the teacher can be trained",
-        "training/towers.py",
-        "model=model.requires_grad_(False).eval()",
-        "model=model.eval()",
-        (TEACHER, "-k", "frozen_in_eval_mode"),
+        "gradients without bound at the zero vector",
+        "training/losses.py",
+        "NORM_EPS = 1e-6",
+        "NORM_EPS = 1e-30",
+        (LOSSES, "-k", "zero_vectors"),
     ),
     Fault(
-        "the class token is the first place",
-        "training/towers.py",
-        "[:, tower.family.num_class_tokens :]",
-        "[:, : math.prod(tower.grid)]",
-        (TEACHER, "-k", "class_token"),
+        "mask_same_video is not read",
+        "training/guidance.py",
+        'mask_same_video=self._student.config.guidance["mask_same_video"],',
+        "mask_same_video=False,",
+        (GUIDANCE, "-k", "no_negatives"),
     ),
     Fault(
-        "CLIP is fed the pixels of SigLIP",
-        "training/towers.py",
-        '"image", CLIP_MEAN, CLIP_STD, num_class_tokens=1',
-        '"image", num_class_tokens=1',
-        (TEACHER, "-k", "familys_default"),
+        "GradCache does not read mask_same_video",
+        "training/grad_cache.py",
+        "mask_same_video=mask_same_video\n",
+        "mask_same_video=False\n",
+        (TRAINER, "-k", "cached_gradients or with_grad_cache"),
     ),
     Fault(
-        "a checkpoint's own mean and deviation are not read",
-        "training/towers.py",
-        'mean, std = fields.get("image_mean", family.mean), fields.get("image_std", family.std)',
-        "mean, std = family.mean, family.std",
-        (TEACHER, "-k", "mean_deviation_and_scale"),
+        "TRL's trainers learn words alone",
+        "training/guidance.py",
+        "return gradient, torch.ones(ctx.shape, dtype=ctx.dtype, device=gradient.device)",
+        "return gradient, None",
+        (GUIDANCE, "-k", "trl_learns"),
     ),
     Fault(
-        "pixels from 0 to 255 for a tower that wants them from 0 to 1",
-        "training/towers.py",
-        "values = _unit_range(torch.stack([frames[number] for number in chosen]))",
-        "values = torch.stack([frames[number] for number in chosen]).float()",
-        (TEACHER, "-k", "equal_a_direct_call or floats_and_bytes"),
-    ),
-    Fault(
-        "frames of the teacher in another order than the student's",
-        "training/teacher.py",
-        "videos.setdefault(video, []).append(frame)",
-        "videos.setdefault(video, []).insert(0, frame)",
-        (TEACHER, "-k", "sees_the_flips or come_back"),
-    ),
-    Fault(
-        "the teacher sees frames as they were before normalisation by another mean",
-        "training/teacher.py",
-        "if not (off <= tolerance and levels.min() >= 0 and levels.max() <= 255):",
-        "if off > 1:",
-        (TEACHER, "-k", "another_mean or beyond_8_bits"),
-    ),
-    Fault(
-        "the teacher's first frame for the mean of a tube",
-        "training/teacher.py",
-        "torch.stack([values[chosen].mean(0) for chosen in members])",
-        "torch.stack([values[chosen[0]] for chosen in members])",
-        (TEACHER, "-k", "plain_loop"),
-    ),
-    Fault(
-        "the teacher's clips are videos",
-        "training/teacher.py",
-        "summarize(maps, frame_clip[first : first + len(maps)])",
-        "summarize(maps, [0] * len(maps))",
-        (TEACHER, "-k", "plain_loop"),
-    ),
-    # the cache
-    Fault(
-        "a cache of another teacher is accepted",
-        "training/teacher.py",
-        '_WHERE = ("path", "revision")',
-        '_WHERE = ("path", "revision", "fingerprint")',
-        (CACHE, "-k", "another_teacher or checks_a_teacher"),
-    ),
-    Fault(
-        "a cache of another patch size is accepted",
-        "training/teacher_shards.py",
-        'for name in ("patch_size", "dtype")]',
-        'for name in ("dtype",)]',
-        (CACHE, "-k", "another_teacher or checks_a_teacher"),
-    ),
-    Fault(
-        "the key of a video does not hold its grids",
-        "training/teacher_cache.py",
-        'f"{patches.shape[1]} {[tuple(map(int, grid)) for grid in grids]}".encode()',
-        'f"{patches.shape[1]}".encode()',
-        (CACHE, "-k", "another_key"),
-    ),
-    Fault(
-        "half-written shards are read",
-        "training/teacher_shards.py",
-        'folder.glob("shard-*.safetensors")',
-        'folder.glob("*shard-*")',
-        (CACHE, "-k", "half_written"),
-    ),
-    Fault(
-        "damaged features are not noticed",
-        "training/teacher_shards.py",
-        'if checksum(tensors) != self.entries[key]["crc32"]:',
+        "a trainer that takes labels out drops the terms without a word",
+        "training/guidance.py",
+        "if loss is None and guidance is not None:",
         "if False:",
-        (CACHE, "-k", "flipped_bit"),
+        (GUIDANCE, "-k", "label_smoothing or without_labels"),
     ),
     Fault(
-        "what is there is taught again",
-        "training/teacher_cache.py",
-        "        if key in self:\n            return\n",
+        "means of a line of the log hold the line before",
+        "training/components.py",
+        "        self.__init__()\n",
         "",
-        (CACHE, "-k", "skips_what_is_there"),
+        (GUIDANCE, "-k", "means_over_steps"),
+    ),
+    Fault(
+        "sample ids of the last micro-batch for those of the step",
+        "training/trainer.py",
+        "[number for part in ids for number in torch.as_tensor(part).tolist()]",
+        "[number for part in ids[-1:] for number in torch.as_tensor(part).tolist()]",
+        (TRAINER, "-k", "callbacks_see"),
+    ),
+    Fault(
+        "the model sees what is for training alone in evaluation",
+        "training/trainer.py",
+        "        if not model.training:\n",
+        "        if False:\n",
+        (TRAINER, "-k", "evaluation_is_of"),
+    ),
+    Fault(
+        "task heads are linear",
+        "guidance_elva.py",
+        "nn.GELU()",
+        "nn.Identity()",
+        (HEADS, "-k", "heads_map"),
+    ),
+    Fault(
+        "a head of weight 0 exists",
+        "guidance_elva.py",
+        'task_head(hidden, width) if guidance["tube_weight"] else None',
+        "task_head(hidden, width)",
+        (HEADS, "-k", "weight_0"),
+    ),
+    Fault(
+        "hooks are attached twice",
+        "training/guidance.py",
+        "        if self._handle is not None:\n            self._handle.remove()\n        self._student",
+        "        self._student",
+        (GUIDANCE, "-k", "attached_once"),
+    ),
+    Fault(
+        "hooks that PEFT may run past",
+        "training/guidance.py",
+        "return module, outer or module",
+        "return module, module",
+        (GUIDANCE, "-k", "found_inside"),
+    ),
+    Fault(
+        "L_Con is a sum over micro-batches",
+        "training/guidance.py",
+        "        return loss / steps\n",
+        "        return loss\n",
+        (TRAINER, "-k", "contrast_is_a_mean"),
+    ),
+    Fault(
+        "a video of two grids is two videos to L_Con",
+        "training/guidance.py",
+        "    return clip_video[frame_clip]",
+        "    return frame_clip",
+        (GUIDANCE, "-k", "no_negatives"),
     ),
 )

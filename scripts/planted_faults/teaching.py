@@ -1,0 +1,223 @@
+"""Faults of the teacher and of the cache of its features."""
+
+from .fault import Fault
+
+TEACHER = "tests/training/test_teacher.py"
+CACHE = "tests/training/test_teacher_cache.py"
+TEACHING = "tests/cli/test_teaching.py"
+RUN = "tests/training/test_run.py"
+
+TEACHING = (
+    # the teacher
+    Fault(
+        "one layer above the penultimate",
+        "training/teacher.py",
+        "self.tower.num_states + self.spec.layer)",
+        "self.tower.num_states + self.spec.layer + 1)",
+        (TEACHER, "-k", "equal_a_direct_call and siglip"),
+    ),
+    Fault(
+        "the teacher can be trained",
+        "training/towers.py",
+        "model=model.requires_grad_(False).eval()",
+        "model=model.eval()",
+        (TEACHER, "-k", "frozen_in_eval_mode"),
+    ),
+    Fault(
+        "the class token is the first place",
+        "training/towers.py",
+        "[:, tower.family.num_class_tokens :]",
+        "[:, : math.prod(tower.grid)]",
+        (TEACHER, "-k", "class_token"),
+    ),
+    Fault(
+        "CLIP is fed the pixels of SigLIP",
+        "training/towers.py",
+        '"image", CLIP_MEAN, CLIP_STD, num_class_tokens=1',
+        '"image", num_class_tokens=1',
+        (TEACHER, "-k", "familys_default"),
+    ),
+    Fault(
+        "a checkpoint's own mean and deviation are not read",
+        "training/towers.py",
+        'mean, std = fields.get("image_mean", family.mean), fields.get("image_std", family.std)',
+        "mean, std = family.mean, family.std",
+        (TEACHER, "-k", "mean_deviation_and_scale"),
+    ),
+    Fault(
+        "pixels from 0 to 255 for a tower that wants them from 0 to 1",
+        "training/towers.py",
+        "values = _unit_range(torch.stack([frames[number] for number in chosen]))",
+        "values = torch.stack([frames[number] for number in chosen]).float()",
+        (TEACHER, "-k", "equal_a_direct_call or floats_and_bytes"),
+    ),
+    Fault(
+        "frames of the teacher in another order than the student's",
+        "training/teacher.py",
+        "videos.setdefault(video, []).append(frame)",
+        "videos.setdefault(video, []).insert(0, frame)",
+        (TEACHER, "-k", "sees_the_flips or come_back"),
+    ),
+    Fault(
+        "the teacher sees frames as they were before normalisation by another mean",
+        "training/teacher.py",
+        "if not (off <= tolerance and levels.min() >= 0 and levels.max() <= 255):",
+        "if off > 1:",
+        (TEACHER, "-k", "another_mean or beyond_8_bits"),
+    ),
+    Fault(
+        "the teacher's first frame for the mean of a tube",
+        "training/teacher.py",
+        "torch.stack([values[chosen].mean(0) for chosen in members])",
+        "torch.stack([values[chosen[0]] for chosen in members])",
+        (TEACHER, "-k", "plain_loop"),
+    ),
+    Fault(
+        "the teacher's clips are videos",
+        "training/teacher.py",
+        "summarize(maps, frame_clip[first : first + len(maps)])",
+        "summarize(maps, [0] * len(maps))",
+        (TEACHER, "-k", "plain_loop"),
+    ),
+    # the cache
+    Fault(
+        "a cache of another teacher is accepted",
+        "training/teacher.py",
+        '_WHERE = ("path", "revision")',
+        '_WHERE = ("path", "revision", "fingerprint")',
+        (CACHE, "-k", "another_teacher or checks_a_teacher"),
+    ),
+    Fault(
+        "a cache of another patch size is accepted",
+        "training/teacher_shards.py",
+        'for name in ("patch_size", "dtype")]',
+        'for name in ("dtype",)]',
+        (CACHE, "-k", "another_teacher or checks_a_teacher"),
+    ),
+    Fault(
+        "the key of a video does not hold its grids",
+        "training/teacher_cache.py",
+        'f"{patches.shape[1]} {[tuple(map(int, grid)) for grid in grids]}".encode()',
+        'f"{patches.shape[1]}".encode()',
+        (CACHE, "-k", "another_key"),
+    ),
+    Fault(
+        "half-written shards are read",
+        "training/teacher_shards.py",
+        'folder.glob("shard-*.safetensors")',
+        'folder.glob("*shard-*")',
+        (CACHE, "-k", "half_written"),
+    ),
+    Fault(
+        "damaged features are not noticed",
+        "training/teacher_shards.py",
+        'if checksum(tensors) != self.entries[key]["crc32"]:',
+        "if False:",
+        (CACHE, "-k", "flipped_bit"),
+    ),
+    Fault(
+        "what is there is taught again",
+        "training/teacher_cache.py",
+        "        if key in self:\n            return\n",
+        "",
+        (CACHE, "-k", "skips_what_is_there"),
+    ),
+    Fault(
+        "the last short videos are left out",
+        "training/teacher.py",
+        "        yield from self._together(waiting)\n\n",
+        "\n",
+        (TEACHER, "-k", "seen_together"),
+    ),
+    Fault(
+        "resized pixels beyond black and white",
+        "training/towers.py",
+        ".round_().clamp_(0, 255).div_(255)",
+        ".round_().div_(255)",
+        (TEACHER, "-k", "overshoot"),
+    ),
+    Fault(
+        "frames are made small without antialiasing",
+        "training/towers.py",
+        "antialias=True",
+        "antialias=False",
+        (TEACHER, "-k", "pillow"),
+    ),
+    Fault(
+        "channels of SigLIP2's patches in another order",
+        "training/towers.py",
+        ".unflatten(2, (3, size * size)).transpose(2, 3).flatten(2)",
+        "",
+        (TEACHER, "-k", "equal_a_direct"),
+    ),
+    Fault(
+        "autocast reaches the teacher",
+        "training/teacher.py",
+        "        with torch.autocast(self.device.type, enabled=False):\n            if self.spec",
+        "        with torch.no_grad():\n            if self.spec",
+        (TEACHER, "-k", "autocast"),
+    ),
+    Fault(
+        "features beyond float16 are kept as infinite",
+        "training/teacher_cache.py",
+        "if not all(bool(values.isfinite().all()) for values in tensors):",
+        "if False:",
+        (CACHE, "-k", "beyond_float16"),
+    ),
+    Fault(
+        "forked workers read through one open file",
+        "training/teacher_cache.py",
+        "if self._process != os.getpid():",
+        "if False:",
+        (CACHE, "-k", "a_fork"),
+    ),
+    Fault(
+        "half a key is enough",
+        "training/teacher_cache.py",
+        "self._index.find(key)) if key in shard.entries), None)",
+        "self._index.find(key))), None)",
+        (CACHE, "-k", "first_half or missing"),
+    ),
+    Fault(
+        "the key of a video is of its normalised pixels",
+        "training/teacher_cache.py",
+        "return content_key(denormalize(pixels, self.image_mean, self.image_std), grids)",
+        "return content_key(pixels, grids)",
+        (CACHE, "-k", "same_key"),
+    ),
+    Fault(
+        "settings of a video processor are not found",
+        "training/towers.py",
+        'nested = fields.get("video_processor") or fields.get("image_processor")',
+        'nested = fields.get("image_processor")',
+        (TEACHER, "-k", "settings_inside"),
+    ),
+    Fault(
+        "a teacher that lacks weights is filled at random",
+        "training/towers.py",
+        '    if info["missing_keys"]:\n',
+        "    if False:\n",
+        (TEACHER, "-k", "lacks_weights"),
+    ),
+    Fault(
+        "a cache takes a video of two resolutions for one clip",
+        "training/teaching.py",
+        "targets = summarize(maps, video.grids)",
+        "targets = summarize(maps, [0] * len(video.grids))",
+        (TEACHING,),
+    ),
+    Fault(
+        "the teacher is asked again for what is there",
+        "training/teaching.py",
+        "                if video.key not in writer:\n",
+        "                if True:\n",
+        (RUN, "-k", "cache_of_another"),
+    ),
+    Fault(
+        "elva teach takes other frames than training",
+        "training/teaching.py",
+        "sample = encode_row(row, self.processor, index=index, **self.options)",
+        "sample = encode_row(row, self.processor, index=index)",
+        (TEACHING, "-k", "frame_options or training_reads"),
+    ),
+)
