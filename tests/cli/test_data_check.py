@@ -222,9 +222,15 @@ def test_the_shipped_recipes_say_which_paths_to_fill_in():
     assert "data.sources.webvid.path=..." in message
 
 
+def test_without_a_model_the_visual_tokens_of_the_papers_are_counted(data):
+    shown = succeeds("data", "check", data)
+    assert shown == succeeds("data", "check", data, "--preset", "elva-7b")
+    assert "of elva-7b: 0 rows are beyond it" in shown
+    assert "text is not counted" in shown
+
+
 def test_what_cannot_be_asked_is_one_line(data, folder):
-    assert "name what counts the tokens: --model DIR, or --preset" in fails("data", "check", data)
-    assert "name what counts the tokens" in fails("data", "check", data, "--model", folder, "--preset", "elva-7b")
+    assert "give one of them" in fails("data", "check", data, "--model", folder, "--preset", "elva-7b")
     assert "does not exist; check the path" in fails("data", "check", "none.jsonl", "--model", folder)
     assert "only a recipe has fields to change" in fails("data", "check", data, "a=1", "--model", folder)
     assert "of kind 'toy' and names no data sources" in fails("data", "check", "tiny", "--model", folder)

@@ -90,16 +90,15 @@ def test_frame_options_are_those_of_training(data, folder, tower, tmp_path):
         ElvaCollator(processor, teacher_cache=cache)([chat])
 
 
-def test_two_processes_share_the_rows(data, folder, tower, tmp_path, monkeypatch):
-    first = teach(data, folder, tower, tmp_path, "--rank", 0, "--world", 2)
+def test_processes_share_the_rows(data, folder, tower, tmp_path, monkeypatch):
+    texts = [teach(data, folder, tower, tmp_path, "--rank", rank, "--world", 3) for rank in (0, 1)]
     assert len(TeacherCache(tmp_path)) < 3
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    second = teach(data, folder, tower, tmp_path)
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    texts.append(teach(data, folder, tower, tmp_path))
     assert len(TeacherCache(tmp_path)) == 3
-    assert "process 0 of 2" in first and "process 1 of 2" in second
-    seen = sum(int(rows(text, "videos")[0].split(":")[0]) for text in (first, second))
-    assert seen == 4
+    assert all(f"process {rank} of 3" in text for rank, text in enumerate(texts))
+    assert sum(int(rows(text, "videos")[0].split(":")[0]) for text in texts) == 4
 
 
 def test_rank_and_world_are_checked(monkeypatch):

@@ -98,6 +98,9 @@ def test_lengths_are_rounded_up(processor):
         assert {value.shape for key, value in made.items() if key != "pixel_values_videos"} == {made["input_ids"].shape}
     rounded = ElvaCollator(processor, pad_to_multiple_of=64)([row(0)])["input_ids"]
     assert torch.equal(rounded[:, : plain.shape[1]], plain)
+    assert rounded.shape[1] - plain.shape[1] < 64
+    exact = ElvaCollator(processor, pad_to_multiple_of=plain.shape[1])([row(0)])["input_ids"]
+    assert torch.equal(exact, plain)
 
 
 def test_rows_without_a_number_get_one_of_their_id(processor):

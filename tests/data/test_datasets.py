@@ -372,6 +372,14 @@ def test_a_stream_of_bad_samples_stops(processor, tmp_path):
     assert len(read_log(tmp_path / "bad.jsonl")) == MAX_TRIES
 
 
+def test_bad_samples_far_apart_do_not_stop_a_stream(processor, rows, tmp_path):
+    count = 2 * (MAX_TRIES + 1)
+    broken = Stream(Rows(rows[:1] * count, {i: ElvaError("odd") for i in range(1, count, 2)}))
+    stream = ElvaStream(broken, processor, bad_samples_path=tmp_path / "bad.jsonl", max_bad_fraction=0.5)
+    assert len(list(stream)) == MAX_TRIES + 1
+    assert stream.bad_samples.counts == (count, MAX_TRIES + 1)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_stream_is_resumed_where_it_was(processor, rows, num_workers):
     stateful = pytest.importorskip("torchdata.stateful_dataloader")

@@ -84,13 +84,16 @@ def test_other_rows_and_options_have_another_fingerprint(processor):
     assert own == fingerprint_rows([make_row(i) for i in range(3)], build_checkpoint()[1], {})
     other = build_checkpoint()[1]
     other.video_processor.longest_edge = 32
+    templated = build_checkpoint()[1]
+    templated.chat_template = templated.chat_template.replace("<|im_start|>", "<|im_start|> ")
     others = [
+        fingerprint_rows(rows, templated, {}),
         fingerprint_rows([*rows[:2], make_row(9)], processor, {}),
         fingerprint_rows(rows[:2], processor, {}),
         fingerprint_rows(rows, processor, {"num_frames": 2}),
         fingerprint_rows(rows, other, {}),
     ]
-    assert len({own, *others}) == 5
+    assert len({own, *others}) == 6
 
     class Named(list):
         fingerprint = "of its own"

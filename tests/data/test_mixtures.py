@@ -345,6 +345,9 @@ def test_a_state_of_a_later_epoch_is_resumed_in_it(files):
     resumed.load_state_dict(stream.state_dict())
     assert ids(resumed) == whole[10:]
     resumed.load_state_dict(stream.state_dict())
+    resumed.set_epoch(2)  # as trainers do before every epoch
+    assert ids(resumed) == whole[10:]
+    resumed.load_state_dict(stream.state_dict())
     resumed.set_epoch(0)
     assert ids(resumed) == ids(StreamingMixture(sources(files, a={"repeat": 0.3}), shuffle_buffer=9))
 

@@ -276,7 +276,7 @@ def test_llama_factory_entries_that_are_not_read_say_so(entry, words, tmp_path):
 
 def test_llama_factory_needs_a_name_among_several(tmp_path):
     path = write_dataset_info(tmp_path, one={}, two={})
-    with pytest.raises(ElvaError, match=r"several data sets: one, two; set options\.dataset"):
+    with pytest.raises(ElvaError, match=r"several data sets: one, two; name one of them in options\.dataset"):
         read_rows(path)
     with pytest.raises(ElvaError, match="no data set 'three': one, two"):
         read_rows(path, dataset="three")

@@ -176,6 +176,28 @@ def test_only_small_files_are_hashed_unless_all_are_asked_for(run, monkeypatch):
         assert "sha256" in files["config.json"]
 
 
+def test_a_cut_file_without_a_hash_is_found_by_its_size(run, monkeypatch):
+    folder = run / "checkpoint-4"
+    monkeypatch.setattr(checkpoints, "SMALL_FILE_BYTES", 0)
+    seal_checkpoint(folder)
+    assert last_complete_checkpoint(run) == folder
+    os.truncate(folder / "optimizer.pt", 1000)
+    assert checkpoint_fault(folder).startswith("optimizer.pt has 1000 bytes where")
+    assert last_complete_checkpoint(run) == run / "checkpoint-2"
+
+
+def test_the_final_mean_of_a_resumed_run_is_over_its_own_steps(tmp_path):
+    """Step 4 is logged by nobody before the resume, and with step 6 after it."""
+    options = {**SHORT, "max_steps": 6, "save_steps": 4}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    losses = {entry["step"]: entry["loss"] for entry in whole.state.log_history if "loss" in entry}
+    trainer(tmp_path / "run", **options, logging_steps=3).train()
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    resumed = trainer(tmp_path / "run", **options, logging_steps=3).train(resume_from_checkpoint=checkpoint)
+    assert resumed.training_loss == pytest.approx((losses[5] + losses[6]) / 2, rel=1e-5)
+
+
 def test_rotation_counts_whole_checkpoints_and_waits_for_the_new_one(run, monkeypatch):
     (run / "checkpoint-2" / MANIFEST).unlink()
     shutil.copytree(run / "checkpoint-4", run / "checkpoint-3")

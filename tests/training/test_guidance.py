@@ -90,6 +90,9 @@ def test_components_are_means_over_steps():
     for samples in (VIDEOS, MIXED):
         model(**collate(samples))
     assert hook.take_components()["loss_con"] == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert hook.components == {}
+    model(**collate(MIXED))
+    assert hook.take_components()["loss_con"] == pytest.approx(expected[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("counted", [False, True])
@@ -193,6 +196,8 @@ def test_frames_of_one_video_can_be_no_negatives():
         model(**collate(VIDEOS))
         losses.append(hook.components["loss_con"].item())
     assert losses[1] < losses[0] - 0.01
+    found = hook.collect(lambda: model(**collate(VIDEOS))).video_ids
+    assert found.tolist() == [0, 0, 0, 1, 2, 3, 3, 4, 5, 5, 5, 5]  # the first and the last have two grids
 
 
 def test_a_merged_patch_has_the_feature_of_its_survivor():

@@ -12,7 +12,7 @@ from toy_runs import read_log, save_teacher, small, toy_source
 from transformers import AutoModelForCausalLM
 
 import elva_hf
-from elva_hf.training.recipe import read_recipe
+from elva_hf.training.recipe import find_recipe, read_recipe
 from elva_hf.training.run import train
 
 LAUNCH = resources.files("elva_hf.training") / "launch"
@@ -68,10 +68,25 @@ def teacher(tmp_path_factory):
     return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
+PAPER = ["stage1_spatial", "stage2_spatiotemporal", "stage3_sft"]
+
+
+def write_stages(folder):
+    """The paper's three recipes as one file, each from the model of the one before."""
+    stages = []
+    for name in PAPER:
+        values = yaml.safe_load(find_recipe(name).read_text())
+        del values["size"], values["variants"]
+        stages.append({**values, "name": name})
+    (folder / "paper.yaml").write_text(yaml.safe_dump({"model": {"preset": "tiny"}, "stages": stages}))
+    return str(folder / "paper.yaml")
+
+
 def arguments(folder, teacher, per_device):
     changes = {"per_device_train_batch_size": per_device, "max_steps": STEPS, "save_steps": 2, "logging_steps": 1}
     source = toy_source(num_videos=512, num_frames=2, single_share=1.0)
-    return [*small(folder, **changes), "model.preset=tiny", f"guidance.teacher={teacher}", source]
+    teachers = [f"stages.{name}.guidance.teacher={teacher}" for name in PAPER[:2]]
+    return [*small(folder, **changes), *teachers, source]
 
 
 def test_sharded_processes_save_the_adapter_that_one_saves(tmp_path):
@@ -91,16 +106,21 @@ def test_sharded_processes_save_the_adapter_that_one_saves(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
-def test_two_processes_train_what_one_trains(name, teacher, tmp_path):
-    one = train(read_recipe("stage1_spatial", arguments(tmp_path / "one", teacher, 16)))
-    printed = launch(LAUNCH / f"{name}.yaml", "stage1_spatial", *arguments(tmp_path / "two", teacher, 8))
-    assert "2 x 8 x 1 (processes x micro-batch x accumulation)" in printed
+def test_two_processes_train_what_one_trains_in_all_three_stages(name, teacher, tmp_path):
+    recipe = write_stages(tmp_path)
+    one = train(read_recipe(recipe, arguments(tmp_path / "one", teacher, 16)))
+    printed = launch(LAUNCH / f"{name}.yaml", recipe, *arguments(tmp_path / "two", teacher, 8))
+    assert printed.count("2 x 8 x 1 (processes x micro-batch x accumulation)") == 3
     two = tmp_path / "two" / "model"
-    single, double = (load_file(folder / "model.safetensors") for folder in (one, two))
-    assert single.keys() == double.keys()
-    for key in single:
-        torch.testing.assert_close(double[key], single[key], rtol=0, atol=2e-4, msg=key)
-    for before, after in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
-        for key in ("loss_gen", "loss_mse", "loss_con"):
-            assert after[key] == pytest.approx(before[key], rel=1e-3), key
-    assert AutoModelForCausalLM.from_pretrained(two).guidance is not None
+    for stage in (*PAPER[:2], "."):
+        single, double = (load_file(tmp_path / side / stage / "model" / "model.safetensors") for side in ("one", "two"))
+        assert single.keys() == double.keys()
+        for key in single:
+            torch.testing.assert_close(double[key], single[key], rtol=0, atol=2e-4, msg=f"{stage}: {key}")
+        for before, after in zip(read_log(tmp_path / "one" / stage), read_log(tmp_path / "two" / stage), strict=True):
+            for key in ("loss_gen",) if stage == "." else ("loss_gen", "loss_mse", "loss_con"):
+                assert after[key] == pytest.approx(before[key], rel=1e-3), key
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "two" / PAPER[1] / "model").guidance is not None
+    last = AutoModelForCausalLM.from_pretrained(two)
+    assert (last.guidance, last.config.merge_schedule) == (None, "paper")
+    assert one.name == two.name

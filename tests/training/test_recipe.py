@@ -184,6 +184,7 @@ def test_parameters_are_counted_by_part_and_freezing_is_data(tmp_path):
         ({"trainable": ["eyes"]}, r"trainable=\['eyes'\]: expected all, or a list of patch_embed"),
         ({"trainable": ["lm_head"], "lora": {}}, "trainable and lora are both given"),
         ({"lora": {"r": 0}}, "lora: lora.r=0"),
+        ({"video": {"num_frames": 4, "fps": 2.0}}, "video: num_frames and fps are given; keep one way"),
         ({"losses": 1}, "losses is no field"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "stages are named"),
         ({"variants": {"small": {}}, "size": "large"}, "size='large': expected one of small"),

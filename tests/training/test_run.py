@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,12 +8,17 @@ import yaml
 from safetensors.torch import load_file
 from toy_runs import read_log, save_teacher
 
-from elva_hf.data.datasets import BadSamples
-from elva_hf.errors_elva import CheckpointError, ConfigurationError
+import elva_hf
+from elva_hf.data.batching import LengthGroupedSampler, ShuffledSampler
+from elva_hf.data.datasets import BadSamples, TooManyBadSamples
+from elva_hf.errors_elva import CheckpointError, ConfigurationError, TrainingError
 from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training import run
 from elva_hf.training.building import build_model, build_processor
+from elva_hf.training.checkpoints import last_complete_checkpoint
+from elva_hf.training.nonfinite import NonFiniteGuard
 from elva_hf.training.recipe import read_recipe
+from elva_hf.training.run_folder import RECORD, check_same_run, write_record
 from elva_hf.training.teacher_cache import TeacherCacheWriter
 from elva_hf.training.teaching import RowsToTeach, teach
 
@@ -55,6 +61,8 @@ def test_nothing_is_loaded_before_all_fields_are_there(tmp_path, monkeypatch):
     lines = []
     with pytest.raises(ConfigurationError, match=r"fields to be filled in: data.sources.cc3m_coco.path=\.\.\. data"):
         run.train(read_recipe("stage1_spatial", ["training.use_cpu=true"]), lines.append)
+    with pytest.raises(ConfigurationError, match=r"fields to be filled in: guidance\.teacher=\.\.\.$"):
+        run.train(read_recipe(write(tmp_path), ["guidance.layer=-2"]))
     with pytest.raises(ConfigurationError, match="no multiple of"):
         run.train(read_recipe(write(tmp_path), ["training.batch_size=5"]))
     with pytest.raises(ConfigurationError, match="data source clips"):
@@ -82,6 +90,31 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tmp_pa
     assert whole.name == resumed.name == "model"
 
 
+def test_a_seed_decides_what_a_run_ends_with(tmp_path):
+    ends = []
+    for seed in (5, 5, 6):
+        overrides = [f"output_dir={tmp_path / str(len(ends))}", "training.max_steps=1", f"training.seed={seed}"]
+        ends.append(weights(run.train(read_recipe(write(tmp_path), overrides))))
+        torch.rand(3)
+    assert same(ends[0], ends[1])
+    assert not same(ends[0], ends[2])
+
+
+def test_a_stopped_run_with_workers_and_dropout_ends_the_same_in_a_later_epoch(tmp_path):
+    few = json.dumps({"toy": {"format": "toy_world", "options": {"num_videos": 8, "num_frames": 2}}})  # two steps
+    lora = [f"model.path={elva_hf.tiny_checkpoint()}", "lora.r=4", "lora.lora_dropout=0.5", f"data.sources={few}"]
+    lora += ["data.num_workers=1", "training.max_steps=4", "training.save_steps=1", "training.save_total_limit=9"]
+    run.train(read_recipe(write(tmp_path), lora))
+    stopped = tmp_path / "stopped"
+    os.rename(tmp_path / "out", stopped)
+    for name in ("model", "checkpoint-2", "checkpoint-3", "checkpoint-4"):
+        os.rename(stopped / name, tmp_path / name)
+    run.train(read_recipe(write(tmp_path), [*lora, f"output_dir={stopped}"]))
+    assert [line["loss"] for line in read_log(stopped)] == [line["loss"] for line in read_log(tmp_path)]
+    first, second = (load_file(folder / "model" / "adapter_model.safetensors") for folder in (tmp_path, stopped))
+    assert same(first, second)
+
+
 def test_a_resume_with_other_fields_is_refused_and_harmless_ones_are_not(tmp_path):
     folder = run.train(read_recipe(write(tmp_path), ["training.max_steps=2"]))
     os.rename(folder, tmp_path / "old")
@@ -102,7 +135,7 @@ def test_a_path_of_stages_hands_its_model_on_and_resumes_at_the_stage_it_was_in(
     path = write(tmp_path, stages=stages)
     folder = run.train(read_recipe(path))
     assert folder == tmp_path / "out" / "model"
-    first, record = tmp_path / "out" / "first" / "model", json.loads((tmp_path / "out" / run.RECORD).read_text())
+    first, record = tmp_path / "out" / "first" / "model", json.loads((tmp_path / "out" / RECORD).read_text())
     assert record["model"]["path"] == str(first)
     model = ElvaForCausalLM.from_pretrained(folder)
     assert model.config.merge_schedule == steps
@@ -112,6 +145,50 @@ def test_a_path_of_stages_hands_its_model_on_and_resumes_at_the_stage_it_was_in(
         os.rename(tmp_path / "out" / name, tmp_path / f"old-{name}")
     assert same(weights(run.train(read_recipe(path))), before)
     assert (first / "model.safetensors").stat().st_mtime_ns == finished
+
+
+def build(tmp_path, *overrides):
+    """The stage of a recipe with overrides, and its trainer."""
+    (stage,) = read_recipe(write(tmp_path), overrides).stages
+    processor = build_processor(stage)
+    teacher, cache = run.open_teacher(stage, processor)
+    model = build_model(stage, processor, getattr(teacher and teacher.spec, "width", None))
+    arguments = run.training_arguments(stage, tmp_path / "out")
+    return run.build_trainer(stage, model, processor, arguments, teacher=teacher, cache=cache)
+
+
+def test_fields_of_a_recipe_reach_the_trainer_and_its_data(tmp_path):
+    fields = {
+        "training": {"seed": 7, "max_nonfinite_steps": 3, "warmup_ratio": 0.5, "batch_size": 12},
+        "data": {"max_bad_fraction": 0.25, "packing": "shared_prefix", "pad_to_multiple_of": 8},
+        "video": {"num_frames": 1, "longest_edge": 32},
+        "model": {"attn_implementation": "eager"},
+        "guidance": {"teacher": save_teacher(tmp_path / "teacher"), "grad_cache": "true"},
+    }
+    terms = {"tube_weight": 2.0, "frame_weight": 0.5, "mask_same_video": True}
+    fields["guidance"] |= terms
+    overrides = [f"{section}.{name}={value}" for section, own in fields.items() for name, value in own.items()]
+    trainer = build(tmp_path, *overrides)
+    dataset, collator = trainer.train_dataset, trainer.data_collator
+    assert trainer.grad_cache
+    assert trainer.guidance_hook.teacher is not None
+    config = trainer.model.config
+    assert terms.items() <= config.guidance.items()
+    assert config.longest_edge == trainer.processing_class.video_processor.longest_edge == 32
+    assert config.text_config._attn_implementation == "eager"
+    assert not trainer.args.logging_nan_inf_filter
+    assert trainer.args.gradient_accumulation_steps == 6
+    assert trainer.args.get_warmup_steps(4) == 2
+    (guard,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, NonFiniteGuard)]
+    assert guard.max_consecutive == 3
+    assert list(trainer.train_sampler) == list(ShuffledSampler(dataset, seed=7))
+    assert dataset.bad_samples.max_fraction == 0.25
+    assert dataset.bad_samples.path == tmp_path / "out" / "bad_samples.jsonl"
+    assert [len(video) for video in dataset[0].grids] == [1]
+    assert (collator.packing, collator.pad_to_multiple_of, collator.sample_ids) == ("shared_prefix", 8, True)
+    grouped = build(tmp_path, "data.group_by_length=true", "training.per_device_train_batch_size=4").train_sampler
+    assert isinstance(grouped, LengthGroupedSampler)
+    assert grouped.batch_size == 4
 
 
 def test_only_the_named_parts_train(tmp_path):
@@ -136,7 +213,16 @@ def teach_toy(recipe, overrides, folder):
     with TeacherCacheWriter(folder, teacher.spec, processor.video_processor.patch_size) as writer:
         to_teach = RowsToTeach(rows, range(len(rows)), processor, BadSamples(None, 0, 1), **stage.video.options)
         assert teach(to_teach, teacher, writer).added == 64
+        teach(to_teach, NotAsked(), writer)
     return teacher
+
+
+class NotAsked:
+    """A teacher of whom nothing is left to ask."""
+
+    def each(self, videos):
+        assert not list(videos)
+        return iter(())
 
 
 def test_features_of_a_cache_teach_what_the_teacher_itself_teaches(tmp_path):
@@ -144,6 +230,10 @@ def test_features_of_a_cache_teach_what_the_teacher_itself_teaches(tmp_path):
     spec = teach_toy(write(tmp_path), live, tmp_path / "cache").spec
     assert (spec.width, spec.layer) == (32, -2)
     cached = [f"guidance.cache={tmp_path / 'cache'}"]
+    (stage,) = read_recipe(write(tmp_path), cached).stages
+    processor = build_processor(stage)
+    processor.video_processor.image_mean = [0.25] * 3
+    assert run.open_teacher(stage, processor)[1].image_mean == [0.25] * 3
     logs = {}
     for name, overrides in {"live": live, "cached": cached}.items():
         run.train(read_recipe(write(tmp_path), [*overrides, f"output_dir={tmp_path / name}"]))
@@ -199,12 +289,64 @@ def test_lora_trains_and_leaves_an_adapter(tmp_path):
     assert not (folder / "model.safetensors").exists()
 
 
-def test_streaming_needs_a_number_of_steps_and_trains(tmp_path):
-    streaming = ["data.streaming=true"]
+def test_starting_over_leaves_nothing_that_a_resume_could_take(tmp_path, monkeypatch):
+    folder, records = run.train(read_recipe(write(tmp_path))).parent, ("bad_samples.jsonl", "nonfinite_steps.jsonl")
+    for name in records:
+        (folder / name).write_text("{}\n")
+    anew = ["training.learning_rate=0.5", "training.max_steps=1"]
+    with pytest.raises(ConfigurationError, match=r"model\.path=.* lies in .*out, which resume=never clears"):
+        run.train(read_recipe(write(tmp_path), [*anew, f"model.path={folder / 'model'}", "resume=never"]))
+    assert last_complete_checkpoint(folder).name == "checkpoint-4"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run, "save_model", interrupt)
+        run.train(read_recipe(write(tmp_path), [*anew, "training.max_steps=3", "resume=never"]))
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "checkpoint-3", RECORD}
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_stream_that_was_stopped_in_a_later_epoch_goes_on_with_the_rows_it_has_not_seen(tmp_path, workers):
     with pytest.raises(ConfigurationError, match=r"give training\.max_steps"):
-        run.train(read_recipe(write(tmp_path), [*streaming, "training.max_steps=-1"]))
-    run.train(read_recipe(write(tmp_path), streaming))
-    assert [line["step"] for line in read_log(tmp_path / "out")] == [1, 2, 3, 4]
+        run.train(read_recipe(write(tmp_path), ["data.streaming=true", "training.max_steps=-1"]))
+    few = json.dumps({"toy": {"format": "toy_world", "options": {"num_videos": 8, "num_frames": 2}}})  # two steps
+    stream = ["data.streaming=true", f"data.sources={few}", f"data.num_workers={workers}", "training.max_steps=7"]
+    stream += ["training.save_steps=3", "training.save_total_limit=9"]
+    whole = run.train(read_recipe(write(tmp_path), stream))
+    stopped = tmp_path / "stopped"
+    os.rename(tmp_path / "out", stopped)
+    for name in ("model", "checkpoint-6", "checkpoint-7"):
+        os.rename(stopped / name, tmp_path / name)
+    before = read_log(tmp_path)
+    resumed = run.train(read_recipe(write(tmp_path), [*stream, f"output_dir={stopped}"]))
+    assert [line["loss"] for line in read_log(stopped)] == [line["loss"] for line in before]
+    assert same(weights(resumed), weights(tmp_path / whole.name))
+    assert len({line["loss"] for line in before}) == 7
+
+
+def test_a_stream_goes_on_with_the_workers_it_began_with(tmp_path, monkeypatch, caplog):
+    stage = read_recipe(write(tmp_path), ["data.streaming=true"]).stages[0]
+    write_record(stage, tmp_path, 2)
+    check_same_run(stage, tmp_path, 2)
+    more = replace(stage, data=replace(stage.data, num_workers=3))
+    for wanted, processes, now in (("num_processes", 1, stage), ("data.num_workers", 2, more)):
+        with pytest.raises(ConfigurationError, match=rf"other fields \({wanted}\)"):
+            check_same_run(now, tmp_path, processes)
+    indexed = replace(stage, data=replace(stage.data, streaming=False, group_by_length=True))
+    write_record(indexed, tmp_path, 2)
+    check_same_run(replace(indexed, data=replace(indexed.data, num_workers=3)), tmp_path, 2)
+    assert not caplog.records
+    check_same_run(indexed, tmp_path, 1)
+    assert "was begun by 2 processes and goes on with 1" in caplog.text
+
+
+def test_a_stream_of_fewer_rows_than_workers_says_so(tmp_path):
+    one = json.dumps({"toy": {"format": "toy_world", "options": {"num_videos": 1, "num_frames": 2}}})
+    overrides = ["data.streaming=true", f"data.sources={one}", "data.num_workers=2"]
+    with pytest.raises(TrainingError, match=r"has no row of its own; lower data\.num_workers"):
+        run.train(read_recipe(write(tmp_path), overrides))
 
 
 def test_several_gpus_and_one_process_are_refused(tmp_path, monkeypatch):
@@ -218,3 +360,16 @@ def test_a_shipped_deepspeed_configuration_is_found_by_name(tmp_path):
     assert run.find_deepspeed(None) is None
     with pytest.raises(ConfigurationError, match=r"training\.deepspeed=zero9"):
         run.find_deepspeed("zero9")
+
+
+def test_an_error_of_a_process_that_loads_data_is_one_line(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "red"}]}]
+    rows += [{**rows[0], "messages": [{**rows[0]["messages"][0], "content": [{"type": "video", "path": "no.mp4"}]}]}]
+    rows[1]["messages"].append(rows[0]["messages"][1])
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:]))
+    source = json.dumps({"rows": {"path": str(tmp_path / "rows.json")}})
+    with pytest.raises(TooManyBadSamples) as caught:
+        run.train(read_recipe(write(tmp_path), [f"data.sources={source}", "data.num_workers=1"]))
+    assert str(caught.value).startswith("16 of 16 samples are bad")
+    assert "no.mp4' does not exist" in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -471,12 +471,13 @@ def test_mean_deviation_and_scale_are_the_checkpoints(saved, tmp_path):
     assert teacher.spec.image_mean == pytest.approx((0.5,) * 3) and teacher.spec.image_std == pytest.approx((0.5,) * 3)
 
 
-def test_settings_inside_a_processor_are_found(saved, tmp_path):
+@pytest.mark.parametrize("name", ["image_processor", "video_processor"])
+def test_settings_inside_a_processor_are_found(name, saved, tmp_path):
     write_processor(tmp_path, saved)
     (tmp_path / "preprocessor_config.json").unlink()
     fields = {
         "processor_class": "SiglipProcessor",
-        "image_processor": {"image_mean": [0.2] * 3, "image_std": [0.3] * 3},
+        name: {"image_mean": [0.2] * 3, "image_std": [0.3] * 3},
     }
     (tmp_path / "processor_config.json").write_text(json.dumps(fields))
     assert VisualTeacher.from_pretrained(tmp_path).spec.image_mean == pytest.approx((0.2,) * 3)

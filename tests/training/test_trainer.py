@@ -19,6 +19,7 @@ from tiny_elva import tiny_model
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.errors_elva import ConfigurationError
@@ -243,6 +244,24 @@ def test_callbacks_see_components_sample_ids_and_the_trainer(tmp_path):
     assert late.trainer is trainer
 
 
+class Kept(Watch, ExportableState):
+    """Made anew from a checkpoint, where a trainer is asked to."""
+
+    def state(self):
+        return {"args": {}, "attributes": {}}
+
+
+def test_callbacks_that_a_resume_makes_anew_are_given_the_trainer_too(tmp_path):
+    checkpointed(tmp_path, callbacks=[Kept()], max_steps=1).train()
+    options = {"callbacks": [Kept()], "restore_callback_states_from_checkpoint": True}
+    resumed = checkpointed(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    (kept,) = [callback for callback in resumed.callback_handler.callbacks if isinstance(callback, Kept)]
+    assert kept is not options["callbacks"][0]
+    assert kept.trainer is resumed
+    assert kept.ids == [[4, 5, 6, 7]]
+
+
 def test_log_history_can_be_written_as_json(tmp_path):
     trainer = trained(tmp_path)
     assert json.loads(json.dumps(trainer.state.log_history)) == trainer.state.log_history
@@ -260,7 +279,12 @@ def test_evaluation_is_of_words_alone_inside_and_outside_of_training(tmp_path):
     options = {"eval_strategy": "steps", "eval_steps": 2, "prediction_loss_only": True}
     trainer = trained(tmp_path, eval_dataset=SAMPLES[:4], per_device_eval_batch_size=4, **options)
     inside = next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    seen = set()
+    handle = trainer.model.register_forward_pre_hook(lambda *call: seen.update(call[2]), with_kwargs=True)
     outside = trainer.evaluate()["eval_loss"]
+    handle.remove()
+    assert "input_ids" in seen
+    assert not seen & set(BATCH_KEYS)
     batch = collate(SAMPLES[:4])
     with torch.no_grad():
         words = trainer.model.eval()(**{name: batch[name] for name in batch if name not in BATCH_KEYS}).loss

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -286,3 +287,28 @@ def test_a_tower_without_text_and_a_video_tower_are_refused(captions, tower, tmp
     transformers.VideoPrismVisionConfig().save_pretrained(tmp_path / "prism")
     with pytest.raises(ConfigurationError, match="choose a SigLIP or CLIP image tower"):
         load_dual_encoder(make_recipe(captions, tmp_path / "prism"))
+
+
+def test_a_run_of_other_fields_is_refused_or_begun_anew(trained, captions, tower, tmp_path):
+    recipe = make_recipe(captions, tower)
+    short = replace(recipe, training=replace(recipe.training, max_steps=2, save_steps=1))
+    train_video_teacher(short, tmp_path)
+    other = replace(short, training=replace(short.training, learning_rate=2e-3))
+    with pytest.raises(ConfigurationError, match=r"a run of other fields \(training.learning_rate\)"):
+        train_video_teacher(other, tmp_path)
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    train_video_teacher(replace(other, resume="never"), tmp_path)
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.glob("nonfinite*")] == []
+
+
+def test_every_epoch_has_an_order_of_its_own_and_a_resumed_one_too(captions, tower, tmp_path):
+    recipe = make_recipe(captions, tower)
+    recipe = replace(recipe, training=replace(recipe.training, max_steps=5, save_steps=1, save_total_limit=9))
+    whole = train_video_teacher(recipe, tmp_path / "run")  # two steps an epoch
+    shutil.copytree(tmp_path / "run", tmp_path / "stopped")
+    for name in ("model", "checkpoint-4", "checkpoint-5"):
+        shutil.rmtree(tmp_path / "stopped" / name)
+    resumed = train_video_teacher(recipe, tmp_path / "stopped")
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (whole, resumed))
+    assert first == second

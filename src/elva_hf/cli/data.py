@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 WRONG = 2
 """Exit code where anything is wrong with the data."""
 
+DEFAULT_PRESET = "elva-7b"
+"""Whose tokens are counted where no model is named."""
+
 data_app = typer.Typer(rich_markup_mode=None, help="Check training data.", no_args_is_help=True)
 
 
@@ -64,7 +67,7 @@ def check(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Or the geometry of a model of the paper: elva-7b; counts no text."),
+        typer.Option(metavar="NAME", help="Or the geometry of a model of the paper, which counts no text: elva-7b."),
     ] = None,
     data_format: Annotated[
         str | None, typer.Option("--format", metavar="NAME", help="Format of FILE; found out if not given.")
@@ -91,7 +94,8 @@ def check(
     """Check training data, and count their tokens.
 
     Reads every row of FILE, or of all data sources of RECIPE, opens the header of every video and image, and counts the
-    tokens that a model would get; decodes nothing but what --decode asks for. Exits with 2 if anything is wrong.
+    tokens that --model would get (without it the visual ones of elva-7b); decodes nothing but what --decode asks for.
+    Exits with 2 if anything is wrong.
     """
     from elva_hf.data.checking import CheckOptions
 
@@ -225,11 +229,10 @@ def _geometry(
     from elva_hf.configuration_elva import ElvaConfig
     from elva_hf.video_processing_elva import ElvaVideoProcessor
 
-    if (model is None) == (preset is None):
-        raise ConfigurationError(
-            "name what counts the tokens: --model DIR, or --preset elva-7b, which needs no weights."
-        )
-    if preset is not None:
+    if model is not None and preset is not None:
+        raise ConfigurationError("--model and --preset both count the tokens; give one of them.")
+    if model is None:
+        preset = preset or DEFAULT_PRESET
         config = ElvaConfig.from_preset(preset)
         fields = {field: getattr(config, field) for field in loading.VIDEO_FIELDS}
         return config, ElvaVideoProcessor(**fields), None, preset

@@ -40,14 +40,16 @@ def train(
         return
     overrides = [*(overrides or ()), *([f"output_dir={out}"] if out is not None else ())]
     kind = read_kind(recipe)
+    hint = "model and processor. Try: elva ask --model {folder} VIDEO QUESTION"
     if kind == "toy":
         folder = _train_toy(recipe, overrides, dry_run)
     elif kind == "video_teacher":
         folder = _train_video_teacher(recipe, overrides, dry_run)
+        hint = "a teacher. Train with guidance.teacher={folder}"
     else:
         folder = _train_stages(recipe, overrides, dry_run, processes)
     if folder is not None:
-        print(f"{folder}: model and processor. Try: elva ask --model {folder} VIDEO QUESTION")
+        print(f"{folder}: {hint.format(folder=folder)}")
 
 
 def _train_stages(recipe: str, overrides: list[str], dry_run: bool, processes: int | None) -> Path | None:
@@ -73,8 +75,10 @@ def _train_toy(recipe: str, overrides: list[str], dry_run: bool) -> Path | None:
 
     fields, stages = toy.read_recipe(recipe)
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
-    if unknown := given.keys() - {"output_dir", "seed"} or len(given) < len(overrides):
-        raise ConfigurationError(f"{recipe}: a toy recipe takes output_dir=... and seed=... only; got {unknown}.")
+    if given.keys() - {"output_dir", "seed"} or len(given) < len(overrides):
+        raise ConfigurationError(
+            f"{recipe}: a toy recipe takes output_dir=... and seed=... only; got {' '.join(overrides)}."
+        )
     if dry_run:
         print(f"toy       {fields['preset']}, seed {given.get('seed', fields['seed'])}")
         for stage in stages:
@@ -88,6 +92,7 @@ def _train_toy(recipe: str, overrides: list[str], dry_run: bool) -> Path | None:
 
 def _train_video_teacher(recipe: str, overrides: list[str], dry_run: bool) -> Path | None:
     from elva_hf.training.recipe import read_body
+    from elva_hf.training.run import is_main_process
     from elva_hf.training.video_teacher import VideoTeacherRecipe, train_video_teacher
 
     body, folder = read_body(VideoTeacherRecipe, recipe, overrides)
@@ -95,7 +100,8 @@ def _train_video_teacher(recipe: str, overrides: list[str], dry_run: bool) -> Pa
         print(body)
         return None
     _show_log()
-    return train_video_teacher(body, Path(folder))
+    folder = train_video_teacher(body, Path(folder))
+    return folder if is_main_process() else None
 
 
 def _show_log() -> None:

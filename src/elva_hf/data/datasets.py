@@ -243,8 +243,12 @@ class ElvaStream(IterableDataset):
         self._epoch = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def __iter__(self) -> Iterator[EncodedSample]:
-        epoch, bad_in_a_row = int(self._epoch), 0
-        rows = iter(self.rows)
+        return self.read(int(self._epoch))
+
+    def read(self, epoch: int) -> Iterator[EncodedSample]:
+        """Samples of this worker in an epoch, whatever epoch other workers are in."""
+        bad_in_a_row = 0
+        rows = self.rows.read(epoch) if hasattr(self.rows, "read") else iter(self.rows)
         while True:
             row: Any = None
             try:

@@ -68,7 +68,10 @@ def read_dataset_info(file: str, name: str | None = None) -> DatasetEntry:
         (name,) = entries
     if name not in entries:
         given = f"no data set {name!r}" if name is not None else "several data sets"
-        raise ElvaError(f"{file} has {given}: {', '.join(map(str, entries))}; set options.dataset to one of them.")
+        raise ElvaError(
+            f"{file} has {given}: {', '.join(map(str, entries))}; name one of them in options.dataset "
+            "(elva data check: --dataset)."
+        )
     where = f"{file}, {name}"
     entry = as_mapping(entries[name], where)
     refuse_unknown(entry, _FIELDS, f"{where}:")

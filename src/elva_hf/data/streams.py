@@ -71,8 +71,12 @@ class StreamingMixture(IterableDataset):
         return sum(self.counts)
 
     def __iter__(self) -> Iterator[Row]:
+        return self.read(int(self._epoch))
+
+    def read(self, epoch: int) -> Iterator[Row]:
+        """Rows of this worker in an epoch, whatever epoch other workers are in."""
         shard, num_shards = self._shard()
-        self._running = _Reading(self, int(self._epoch), shard, num_shards)
+        self._running = _Reading(self, epoch, shard, num_shards)
         if self._state is not None:
             self._running.restore(self._state)
             self._state = None

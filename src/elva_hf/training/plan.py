@@ -66,9 +66,9 @@ class StagePlan:
         if self.tokens is not None:
             total = training.batch_size * self.tokens
             yield f"tokens    at most {self.tokens} a video (square frames, no text), {total} a step"
-        shown = "?" if self.num_samples is None else f"{self.num_samples}"
+        shown = "samples are counted at the start" if self.num_samples is None else f"{self.num_samples} samples"
         epochs = f"{training.num_train_epochs:g} epochs" if training.max_steps < 0 else "max_steps"
-        yield f"steps     {'?' if self.num_steps is None else self.num_steps} ({shown} samples, {epochs})"
+        yield f"steps     {'?' if self.num_steps is None else self.num_steps} ({shown}, {epochs})"
         warmup = f"warm-up {training.warmup_ratio:g}"
         yield f"rate      {training.learning_rate:g}, {training.lr_scheduler_type}, {warmup}, seed {training.seed}"
         if self.trained:
@@ -158,8 +158,9 @@ def count_parameters(stage: Stage, config: ElvaConfig) -> tuple[dict[str, int], 
     else:
         from elva_hf.training.lora import add_lora
 
-        model = add_lora(model, replace(stage.lora, new_words=[]))  # the rows of a few words are not counted
-        own = {"lora": ".lora_", **{name: f".{name}." for name in stage.lora.modules_to_save}}
+        plain = replace(stage.lora, new_words=[], quantization=None)  # the rows of a few words are not counted
+        model = add_lora(model, plain)
+        own = {"lora": ".lora_", **{name: f".{name}." for name in (*stage.lora.modules_to_save, "guidance")}}
     trained: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -7,11 +7,11 @@ complete checkpoint of the stage it was in.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
@@ -22,27 +22,15 @@ import torch
 from elva_hf.data.collator import ElvaCollator
 from elva_hf.data.datasets import ElvaDataset, ElvaStream
 from elva_hf.data.mixtures import Mixture, StreamingMixture
-from elva_hf.errors_elva import ConfigurationError
+from elva_hf.errors_elva import ConfigurationError, ElvaError
 from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training.building import build_model, build_processor, check_folder
 from elva_hf.training.plan import StagePlan, count_steps, plan_recipe
-from elva_hf.training.recipe import Recipe, differences, starting_from
+from elva_hf.training.recipe import Recipe, starting_from
+from elva_hf.training.run_folder import BAD_SAMPLES, MODEL, check_same_run, start_over, write_record
 from elva_hf.training.sections import Stage
 
 logger = logging.getLogger(__name__)
-
-RECORD = "recipe.json"
-"""Fields of a stage as it runs, in its folder."""
-
-FREE_TO_CHANGE = (
-    "data.num_workers",
-    "training.save_steps",
-    "training.save_total_limit",
-    "training.logging_steps",
-    "training.report_to",
-    "training.ddp_timeout",
-)
-"""What may differ when a run goes on from a checkpoint; anything else would make it another run."""
 
 
 def train(recipe: Recipe, report: Callable[[str], None] | None = None) -> Path:
@@ -117,11 +105,14 @@ def train_stage(stage: Stage, folder: Path, *, resume: bool = True) -> Path:
 
     from elva_hf.training.checkpoints import last_complete_checkpoint
 
-    finished = folder / "model"
+    finished = folder / MODEL
+    if not resume:
+        start_over(stage, folder, remove=is_main_process())
     arguments = training_arguments(stage, folder)  # starts the process group, which the checks below need
     with arguments.main_process_first(desc="looking for what is there"):
         checkpoint = last_complete_checkpoint(folder) if resume else None
-        _check_same_run(stage, folder, resume and (finished.is_dir() or checkpoint is not None))
+        if resume and (finished.is_dir() or checkpoint is not None):
+            check_same_run(stage, folder, num_processes())
     if resume and finished.is_dir():
         logger.info("%s is finished; nothing to do", finished)
         return finished
@@ -132,9 +123,9 @@ def train_stage(stage: Stage, folder: Path, *, resume: bool = True) -> Path:
     model = build_model(stage, processor, getattr(spec, "width", None))
     trainer = build_trainer(stage, model, processor, arguments, teacher=teacher, cache=cache)
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(json.dumps(asdict(stage), indent=2) + "\n")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        write_record(stage, folder, num_processes())
+    with explained_workers():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     return save_model(trainer, processor, finished)
 
 
@@ -150,7 +141,7 @@ def build_trainer(
     options = {
         "seed": stage.training.seed,
         "max_bad_fraction": data.max_bad_fraction,
-        "bad_samples_path": folder / "bad_samples.jsonl",
+        "bad_samples_path": folder / BAD_SAMPLES,
         **stage.video.options,
     }
     rows = open_rows(stage)
@@ -241,7 +232,7 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
         "activation_checkpointing": stage.model.gradient_checkpointing,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_num_workers": stage.data.num_workers,
-        "dataloader_persistent_workers": stage.data.num_workers > 0 and not stage.data.streaming,
+        "dataloader_persistent_workers": False,  # with them a resumed run draws another random number in its next epoch
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         "restore_callback_states_from_checkpoint": False,
@@ -310,6 +301,19 @@ def unsharded(model: Any, state: dict[str, torch.Tensor]) -> ElvaForCausalLM:
     return whole
 
 
+@contextmanager
+def explained_workers() -> Iterator[None]:
+    """Bring an error of ours in a process that loads data back to its line, of which PyTorch makes a traceback."""
+    try:
+        yield
+    except ElvaError as error:
+        text = str(error)
+        if not text.startswith("Caught "):
+            raise
+        line = text.rstrip().rpartition("\n")[2]  # module.Class: message
+        raise type(error)(line.partition(": ")[2]) from error
+
+
 def num_processes() -> int:
     """Processes that train together, as the launcher says."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -345,19 +349,6 @@ def _sampler(stage: Stage, dataset: Any, processor: Any, folder: Path) -> Any:
     lengths = PlannedLengths(dataset.rows, processor, folder=folder, num_workers=workers, **stage.video.options)
     at_once = num_processes() * stage.training.per_device_train_batch_size
     return LengthGroupedSampler(dataset, lengths, at_once, seed=seed)
-
-
-def _check_same_run(stage: Stage, folder: Path, goes_on: bool) -> None:
-    record = folder / RECORD
-    if not goes_on or not record.is_file():
-        return
-    before, now = json.loads(record.read_text()), json.loads(json.dumps(asdict(stage)))
-    changed = [path for path in differences(before, now) if path not in FREE_TO_CHANGE]
-    if changed:
-        raise ConfigurationError(
-            f"{folder} holds a run of other fields ({', '.join(changed)}); give another output_dir, or resume=never to "
-            "start over."
-        )
 
 
 def _require(package: str, what: str) -> None:

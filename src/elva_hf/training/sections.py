@@ -181,6 +181,7 @@ class Stage:
         if len(given) > 1:
             raise ConfigurationError(f"model.{' and model.'.join(given)} are given; keep one of them.")
         _check_fractions(self.data)
+        _check_frames(self.video)
         if self.guidance is not None and not (self.guidance.tube_weight or self.guidance.frame_weight):
             raise ConfigurationError("guidance.tube_weight and guidance.frame_weight are both 0; write guidance: null.")
 
@@ -229,6 +230,15 @@ def _check_training(training: TrainingSection) -> None:
         raise ConfigurationError(f"training.warmup_ratio={training.warmup_ratio}: expected 0 or more, below 1.")
     if training.max_steps <= 0 and training.max_steps != -1:
         raise ConfigurationError(f"training.max_steps={training.max_steps}: expected more than 0, or -1 for epochs.")
+
+
+def _check_frames(video: VideoSection) -> None:
+    pair = "num_high_res_frames and num_low_res_frames"
+    ways = {pair: video.num_high_res_frames is not None or video.num_low_res_frames is not None}
+    ways |= {"num_frames": video.num_frames is not None, "fps": video.fps is not None}
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        raise ConfigurationError(f"video: {' and '.join(given)} are given; keep one way to count frames.")
 
 
 def _check_fractions(data: DataSection) -> None:

@@ -22,11 +22,14 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from transformers.utils import logging
 
 from elva_hf.chat_elva import check_conversation, take_media
+from elva_hf.data.batching import ShuffledSampler
 from elva_hf.data.datasets import BAD, BadSamples, describe_row, substitutes
 from elva_hf.data.mixtures import Mixture
 from elva_hf.errors_elva import CheckpointError, ConfigurationError, ElvaError
 from elva_hf.training.checkpoints import SafeCheckpoints, last_complete_checkpoint
 from elva_hf.training.losses import frame_contrastive_loss
+from elva_hf.training.nonfinite import NonFiniteGuard
+from elva_hf.training.run_folder import BAD_SAMPLES, check_same_run, start_over, write_record
 from elva_hf.training.sections import DataSection, ModelSection, Stage, TrainingSection
 from elva_hf.training.towers import PixelSettings, find_family, load_tower, prepare_frames, read_pixel_settings
 from elva_hf.video_processing_elva import ElvaVideoProcessor
@@ -103,27 +106,37 @@ def train_video_teacher(recipe: VideoTeacherRecipe, output_dir: Path) -> Path:
     """
     from transformers import set_seed
 
-    from elva_hf.training.run import save_model, training_arguments
+    from elva_hf.training.run import explained_workers, is_main_process, num_processes, save_model, training_arguments
 
     output_dir = Path(output_dir)
+    if recipe.resume == "never":
+        start_over(recipe.stage, output_dir, remove=is_main_process())
     arguments = training_arguments(recipe.stage, output_dir)
+    with arguments.main_process_first(desc="looking for what is there"):
+        checkpoint = last_complete_checkpoint(output_dir) if recipe.resume == "auto" else None
+        if checkpoint is not None:
+            check_same_run(recipe, output_dir, num_processes())
+    rows = Mixture(recipe.data.sources, seed=recipe.training.seed, shuffle=False)
     set_seed(recipe.training.seed)
     model, tokenizer, pixels = load_dual_encoder(recipe)
     clips = ClipCaptions(
-        Mixture(recipe.data.sources, seed=recipe.training.seed, shuffle=False),
+        rows,
         pixels,
         num_frames=recipe.num_frames,
         seed=recipe.training.seed,
-        bad_samples=BadSamples(output_dir / "bad_samples.jsonl", recipe.data.max_bad_fraction, min_samples=100),
+        bad_samples=BadSamples(output_dir / BAD_SAMPLES, recipe.data.max_bad_fraction, min_samples=100),
     )
     trainer = ClipCaptionTrainer(
         model=model,
         args=arguments,
         train_dataset=clips,
         data_collator=ClipCaptionCollator(tokenizer, recipe.max_text_length),
+        callbacks=[NonFiniteGuard(recipe.training.max_nonfinite_steps)],
     )
-    checkpoint = last_complete_checkpoint(output_dir) if recipe.resume == "auto" else None
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    if trainer.is_world_process_zero():
+        write_record(recipe, output_dir, num_processes())
+    with explained_workers():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     return save_model(trainer, _Settings(tokenizer, pixels, model), output_dir / "model")
 
 
@@ -178,6 +191,7 @@ class ClipCaptions(Dataset):
         bad_samples: BadSamples,
     ):
         self.rows, self.pixels, self.seed, self.bad_samples = rows, pixels, seed, bad_samples
+        self.epoch = 0
         edge = 2 * max(pixels.image_size)  # more than the tower's, so that little of a wide picture's height is lost
         self.processor = ElvaVideoProcessor(patch_size=1, longest_edge=edge, num_frames=num_frames)
 
@@ -214,8 +228,7 @@ class ClipCaptions(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch it is."""
-        if hasattr(self.rows, "set_epoch"):
-            self.rows.set_epoch(epoch)
+        self.epoch = epoch
 
 
 def read_clip(row: Mapping[str, Any]) -> tuple[Any, bool, str]:
@@ -274,6 +287,9 @@ class ClipCaptionTrainer(SafeCheckpoints, Trainer):
     """HF Trainer whose model is a dual encoder and whose loss is InfoNCE between clips and captions."""
 
     loss_is_scaled_for_ga = False
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> ShuffledSampler:
+        return ShuffledSampler(self.train_dataset, seed=self.args.seed)
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
         towers = {name: value for name, value in inputs.items() if name != "frames_per_clip"}
