@@ -1,5 +1,7 @@
+import importlib.util
 import json
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -360,6 +362,18 @@ def test_a_shipped_deepspeed_configuration_is_found_by_name(tmp_path):
     assert run.find_deepspeed(None) is None
     with pytest.raises(ConfigurationError, match=r"training\.deepspeed=zero9"):
         run.find_deepspeed("zero9")
+
+
+@pytest.mark.parametrize(
+    ("package", "fields", "install"),
+    [("deepspeed", ["training.deepspeed=zero2"], "deepspeed"), ("accelerate", [], '"elva-hf[train]"')],
+)
+def test_a_package_that_is_missing_is_named_with_what_installs_it(tmp_path, monkeypatch, package, fields, install):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
+    (stage,) = read_recipe(write(tmp_path), fields).stages
+    with pytest.raises(ConfigurationError, match=f"needs {package}; pip install {re.escape(install)}"):
+        run.training_arguments(stage, tmp_path)
 
 
 def test_an_error_of_a_process_that_loads_data_is_one_line(tmp_path):

@@ -218,6 +218,8 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
     from transformers import TrainingArguments
 
     _require("accelerate", "training")
+    if stage.training.deepspeed is not None:
+        _require("deepspeed", f"training.deepspeed={stage.training.deepspeed}", "deepspeed")
     training, on_cpu = stage.training, stage.training.use_cpu or not torch.cuda.is_available()
     own = ("batch_size", "warmup_ratio", "optim", "deepspeed", "max_nonfinite_steps", "torch_compile")
     given = {name: value for name, value in asdict(training).items() if name not in own}
@@ -258,7 +260,6 @@ def find_deepspeed(name: str | None) -> str | None:
     path = Path(str(shipped)) if shipped.is_file() else Path(name)
     if not path.is_file():
         raise ConfigurationError(f"training.deepspeed={name}: neither a file nor a shipped name; zero2 is one.")
-    _require("deepspeed", "training.deepspeed")
     return str(path)
 
 
@@ -351,8 +352,8 @@ def _sampler(stage: Stage, dataset: Any, processor: Any, folder: Path) -> Any:
     return LengthGroupedSampler(dataset, lengths, at_once, seed=seed)
 
 
-def _require(package: str, what: str) -> None:
+def _require(package: str, what: str, install: str = '"elva-hf[train]"') -> None:
     from importlib.util import find_spec
 
     if find_spec(package) is None:
-        raise ConfigurationError(f'{what} needs {package}; pip install "elva-hf[train]".')
+        raise ConfigurationError(f"{what} needs {package}; pip install {install}.")
