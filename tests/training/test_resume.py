@@ -1,10 +1,15 @@
 """A run that is stopped or killed and resumed ends, to the bit, as one that never was."""
 
+import atexit
 import itertools
 import json
+import os
 import random
 import socket
+import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -121,6 +126,17 @@ def test_kill_at_thirty_random_moments(runs, whole_run, tmp_path):
     print(f"{kills} kills, {in_saves} of them inside a save")
 
 
+@cache
+def compiled_deepspeed():
+    """Environment of DeepSpeed on CPU; what it compiles is compiled here, not by ranks that may be killed meanwhile."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    environment = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": folder.name}
+    code = "from deepspeed.accelerator import get_accelerator as a; a().create_op_builder('ShareMemCommBuilder').load()"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, check=True, capture_output=True)
+    return environment
+
+
 def launch_options(name):
     """The part of an order that says how two processes train."""
     options = {"ddp_backend": "gloo", "num_train_epochs": 3}
@@ -132,7 +148,7 @@ def launch_options(name):
             launch = Path(elva_hf.training.__file__).parent / "launch"
             zero2 = json.loads((launch / "zero2.json").read_text())
             options = {"bf16": True, "deepspeed": zero2, "num_train_epochs": 3}
-            return {"options": options, "environment": {"DS_ACCELERATOR": "cpu"}}
+            return {"options": options, "environment": compiled_deepspeed()}
     kind = "SHARDED_STATE_DICT" if name == "FSDP2, sharded" else "FULL_STATE_DICT"
     layers = {"version": 2, "transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}
     return {"options": {**options, "fsdp": True, "fsdp_config": {**layers, "state_dict_type": kind}}}
