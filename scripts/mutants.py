@@ -153,6 +153,8 @@ def main(words: list[str]) -> int:
     lost = [fault for fault in faults if count_places(fault) != 1]
     for fault in lost:
         log.error("%s: its text stands %d times in %s", fault.name, count_places(fault), fault.file)
+    if not faults:
+        log.error("no fault's name holds all of: %s", " ".join(words))
     if not faults or lost:
         return 1
     os.environ["OMP_NUM_THREADS"] = "1"
