@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from elva_hf.configuration_elva import ElvaConfig
 from elva_hf.data.collator import IGNORED, PackedRow, pack_rows
+from elva_hf.data.toy_rows import draw_questions
 from elva_hf.data.toy_teacher import toy_teacher_features
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS, questions, render, sample_scene, through_codec
@@ -150,23 +151,6 @@ class ToyDataset(Dataset):
             "teacher": torch.from_numpy(toy_teacher_features(clean, self.patch_size)).flatten(0, 2),
             "tasks": [q.task for q in asked],
         }
-
-
-def draw_questions(asked: Sequence[Any], number: int, rng: random.Random, focus: dict[str, float]) -> list[Any]:
-    """Draw questions without repetition: first a task, by weight, then one of its questions."""
-    by_task: dict[str, list[Any]] = {}
-    for question in asked:
-        by_task.setdefault(question.task, []).append(question)
-    for pool in by_task.values():
-        rng.shuffle(pool)
-    drawn = []
-    while by_task and len(drawn) < number:
-        tasks = sorted(by_task)
-        task = rng.choices(tasks, [focus.get(name, 1.0) for name in tasks])[0]
-        drawn.append(by_task[task].pop())
-        if not by_task[task]:
-            del by_task[task]
-    return drawn
 
 
 def encode_turns(tokenizer: Any, num_frames: int, grid: tuple[int, int], turns: Sequence[tuple[str, str]]) -> PackedRow:
