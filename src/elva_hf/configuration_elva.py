@@ -86,6 +86,8 @@ class ElvaConfig(PreTrainedConfig):
         patch_embed_output_projection: Whether the cross-attention has an output projection.
         patch_embed_positions: Learned row and column embeddings added to patches: the number of rows and
             columns in the tables, or 0 for none. Not in the paper.
+        patch_embed_positions_std: Standard deviation of those tables at the start. Patch features grow to a few units
+            in training; tables far below that are not heard.
         merge_schedule: Where tokens merge (section 3.1): `"none"`, `"paper"`, `"table5"`, a list of steps, or the
             fields of a `MergeSchedule`.
         similarity_threshold: tau of Eq. 1 (section 3.1), of the presets' shallow merges.
@@ -125,6 +127,7 @@ class ElvaConfig(PreTrainedConfig):
     patch_embed_norm: bool = False
     patch_embed_output_projection: bool = False
     patch_embed_positions: int = 0
+    patch_embed_positions_std: float | int = 0.02
     merge_schedule: str | list | dict | MergeSchedule = "none"
     similarity_threshold: float | int = 0.6
     target_ratio: float | int = 0.5

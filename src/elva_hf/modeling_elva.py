@@ -102,7 +102,7 @@ class ElvaPreTrainedModel(PreTrainedModel):
         if isinstance(module, ElvaPatchEmbedding):
             init.normal_(module.special_tokens, std=self.config.initializer_range)
             if module.positions is not None:
-                init.normal_(module.positions, std=self.config.initializer_range)
+                init.normal_(module.positions, std=self.config.patch_embed_positions_std)
         if isinstance(module, ElvaGuidance) and module.logit_scale is not None:
             init.constant_(module.logit_scale, module.logit_scale_init)
 

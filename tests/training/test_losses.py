@@ -16,6 +16,7 @@ from elva_hf.training.losses import (
     frame_contrastive_loss,
     generative_loss,
     negative_cosine_loss,
+    patch_alignment_loss,
     tube_alignment_errors,
     tube_alignment_loss,
     tubes_of_patches,
@@ -396,3 +397,17 @@ def test_components_that_are_not_in_use_are_left_out():
     assert list(parts.detached()) == ["loss_con"]
     with pytest.raises(ConfigurationError, match="labels"):
         LossComponents().total()
+
+
+def test_patch_alignment_is_the_weighted_error_of_each_patch():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7)
+    weights = torch.tensor([1.0, 5.0, 1.0, 0.0, 2.0])
+    errors = [float(weights[i]) * (2 - 2 * F.cosine_similarity(student[i], teacher[i], dim=0)) for i in range(5)]
+    loss = patch_alignment_loss(student, teacher, weights)
+    torch.testing.assert_close(loss, sum(errors) / 9)
+    loss.backward()
+    assert (student.grad[3] == 0).all() and (student.grad[1] != 0).any()
+    torch.testing.assert_close(
+        patch_alignment_loss(teacher * 3, teacher, weights), torch.tensor(0.0), atol=1e-6, rtol=0
+    )

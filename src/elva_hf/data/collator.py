@@ -186,17 +186,19 @@ class PackedRow:
         return len(self.prefix) + sum(len(question) + len(answer) for question, answer in self.turns)
 
 
-def pack_rows(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, Tensor]:
+def pack_rows(rows: Sequence[PackedRow], pad_token_id: int, *, merges: bool = False) -> dict[str, Tensor]:
     """Build a right-padded batch of packed rows.
 
     Args:
         rows: `B` rows.
         pad_token_id: Id of the padding.
+        merges: Whether the batch is for a model that merges, which takes `segment_ids` and no mask of all by all. Short
+            rows are faster with the mask.
 
     Returns:
         `input_ids`, `labels`, `position_ids`, each `(B, N)`, and `attention_mask`, `(B, 1, N, N)` float32: 0 where a
         token may look, the lowest float where it may not. Rows of one question are plain sequences: their mask is
-        `(B, N)`, 1 for a token, which is the only kind that merging takes.
+        `(B, N)`, 1 for a token; and so it is with `merges`, beside `segment_ids` `(B, N)`.
     """
     length = max(len(row) for row in rows)
     input_ids = torch.full((len(rows), length), pad_token_id)
@@ -215,12 +217,12 @@ def pack_rows(rows: Sequence[PackedRow], pad_token_id: int) -> dict[str, Tensor]
             position_ids[i, start:stop] = len(row.prefix) + torch.arange(stop - start)
             segments[i, start:stop] = number
             start = stop
-    return {
-        "input_ids": input_ids,
-        "labels": labels,
-        "position_ids": position_ids,
-        "attention_mask": (segments >= 0).long() if int(segments.max()) <= 1 else shared_prefix_mask(segments),
-    }
+    batch = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+    if int(segments.max()) <= 1:
+        return {**batch, "attention_mask": (segments >= 0).long()}
+    if merges:
+        return {**batch, "attention_mask": (segments >= 0).long(), "segment_ids": segments}
+    return {**batch, "attention_mask": shared_prefix_mask(segments)}
 
 
 def shared_prefix_mask(segments: Tensor) -> Tensor:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from elva_hf.data.toy_world import Question, questions, render, sample_scene, through_codec
+from elva_hf.data.toy_world import (
+    HELD_OUT_PAIRS,
+    Question,
+    Scene,
+    questions,
+    render,
+    sample_scene,
+    through_codec,
+)
 from elva_hf.errors_elva import ConfigurationError
 
 
@@ -53,7 +61,7 @@ class ToyRows(Sequence):
         frames = render(scene)
         if rng.random() < self.codec_share:
             frames = through_codec(frames)
-        asked = draw_questions(questions(scene), self.questions_per_video, rng, self.focus)
+        asked = draw_questions(training_questions(scene, rng), self.questions_per_video, rng, self.focus)
         messages: list[dict[str, Any]] = []
         for i, question in enumerate(asked):
             content = [{"type": "video", "video": frames}] if i == 0 else []
@@ -91,3 +99,44 @@ def open_toy_rows(**options: Any) -> ToyRows:
     if unknown := options.keys() - known.keys():
         raise ConfigurationError(f"toy_world: unknown options {sorted(unknown)}; known are {', '.join(known)}.")
     return ToyRows(**options)
+
+
+def links_held_out_pair(question: Question, scene: Scene) -> bool:
+    """Whether a question asks for the shape of a colour, or the reverse, of an object whose pair is held out.
+
+    Such objects are seen in training, as others among objects and in questions about place, motion or number. Only the
+    questions that link the two words are kept for evaluation.
+    """
+    if question.task not in ("color", "shape"):
+        return False
+    given = "shape" if question.task == "color" else "color"
+    return any(
+        (thing.color, thing.shape) in HELD_OUT_PAIRS and getattr(thing, given) in question.text.rstrip("?").split()
+        for thing in scene.objects
+    )
+
+
+def named_by_shape(question: Question, scene: Scene) -> Question:
+    """The question with its object named by the shape alone, if it was named by the colour."""
+    for thing in scene.objects:
+        for name in (f"the {thing.color} shape", f"the {thing.color} {thing.shape}"):
+            if name in question.text:
+                return replace(question, text=question.text.replace(name, f"the {thing.shape}"))
+    return question
+
+
+def training_questions(scene: Scene, rng: random.Random, shape_name_share: float = 0.0) -> list[Question]:
+    """What a training scene may be asked: all but what links a held-out pair, some of it named by shape.
+
+    Args:
+        scene: Of the split `"train"`; scenes of other splits are asked everything.
+        rng: Draws who is renamed.
+        shape_name_share: Share of the questions that are to name their object by its shape, whatever they said.
+    """
+    asked = questions(scene)
+    if scene.split != "train":
+        return asked
+    kept = [question for question in asked if not links_held_out_pair(question, scene)]
+    if not shape_name_share:
+        return kept
+    return [named_by_shape(question, scene) if rng.random() < shape_name_share else question for question in kept]

@@ -59,11 +59,15 @@ PLACES: tuple[str, ...] = ("top left", "top right", "bottom left", "bottom right
 NUMBERS: tuple[str, ...] = ("one", "two", "three")
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}
 NONE = "none"
+STAGGERED_SHARE = 0.5
+HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
+    (color, SHAPES[i % len(SHAPES)]) for i, color in enumerate(COLORS)
+)
+"""Colours and shapes that no training question links, though training scenes show them; each colour is in one."""
 
 _ABSENT_SHARE = 0.1  # colour and shape questions about something that is not there
 _DIGIT_SHARE = 0.6
 _FLASH_SHARE = 0.5
-_STAGGERED_SHARE = 0.5  # multi-object scenes whose objects appear one after the other
 _STILL_SHARE = 0.25
 
 
@@ -146,7 +150,13 @@ def _pick_distinct(rng: random.Random, options: Sequence[Choice], count: int) ->
 
 
 def sample_scene(
-    seed: int, *, num_frames: int = 8, split: Split = "train", max_objects: int = 3, single: bool = False
+    seed: int,
+    *,
+    num_frames: int = 8,
+    split: Split = "train",
+    max_objects: int = 3,
+    single: bool = False,
+    staggered_share: float = STAGGERED_SHARE,
 ) -> Scene:
     """Draw the scene of a seed.
 
@@ -156,6 +166,7 @@ def sample_scene(
         split: One of `SPLITS`. Validation digits differ from training ones, test and demo digits from both.
         max_objects: 1 to 3; the number of shapes is uniform from 1 to this.
         single: Exactly one shape, and no `count` question.
+        staggered_share: Share of clips with several shapes in which these appear one after the other.
     """
     if num_frames < 1 or not 1 <= max_objects <= len(NUMBERS):
         raise ElvaError(
@@ -165,7 +176,7 @@ def sample_scene(
     count = 1 if single else 1 + int(rng.random() * max_objects)
     has_events = num_frames >= MIN_EVENT_FRAMES
     free = {(row, column) for row in range(GRID_SIZE) for column in range(GRID_SIZE)}
-    staggered = has_events and count > 1 and rng.random() < _STAGGERED_SHARE
+    staggered = has_events and count > 1 and rng.random() < staggered_share
     entries = _entry_frames(rng, count, num_frames) if staggered else [0] * count
     objects = []
     for shape, color, entry in zip(

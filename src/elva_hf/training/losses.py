@@ -170,6 +170,23 @@ def tube_alignment_loss(
     return errors.sum() / (len(errors) if num_videos is None else num_videos)
 
 
+def patch_alignment_loss(student_features: Tensor, teacher_features: Tensor, weights: Tensor) -> Tensor:
+    """The error of Eq. 2 for every patch by itself, without the mean over frames; not in the paper.
+
+    A mean over frames has no use for what differs between them, which is how a thing moves.
+
+    Args:
+        student_features: `(P, D)` task-head outputs at the patch tokens.
+        teacher_features: `(P, D)`.
+        weights: `(P,)` how much each patch counts.
+
+    Returns:
+        The weighted mean of `2 - 2 cos`, a scalar from 0 to 4.
+    """
+    errors = _squared_error(_full(student_features), teacher_features.float())
+    return (errors * weights).sum() / weights.sum()
+
+
 def frame_contrastive_loss(
     student: Tensor,
     teacher: Tensor,

@@ -9,7 +9,7 @@ import argparse
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -24,15 +24,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from elva_hf.configuration_elva import ElvaConfig
 from elva_hf.data.collator import IGNORED, PackedRow, pack_rows
-from elva_hf.data.toy_rows import draw_questions
-from elva_hf.data.toy_teacher import toy_teacher_features
+from elva_hf.data.toy_rows import draw_questions, training_questions
+from elva_hf.data.toy_teacher import busy_patches, teacher_features, teacher_width
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
-from elva_hf.data.toy_world import TASKS, questions, render, sample_scene, through_codec
+from elva_hf.data.toy_world import STAGGERED_SHARE, TASKS, render, sample_scene, through_codec
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.geometry_elva import read_geometry
+from elva_hf.geometry_elva import VisualGeometry, read_geometry
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.processing_elva import ElvaProcessor
-from elva_hf.training.losses import tube_alignment_loss, tubes_of_patches
+from elva_hf.training.losses import patch_alignment_loss, tube_alignment_loss, tubes_of_patches
+from elva_hf.training.muon import MuonWithAdamW
 from elva_hf.video_processing_elva import patchify
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class ToyStage:
         num_frames: Frames of a video; 1 for images.
         max_steps: Optimiser steps.
         batch_size: Videos in a step.
-        learning_rate: Peak of the cosine schedule.
+        learning_rate: Peak, of AdamW.
         warmup_steps: Steps of linear warm-up.
         single_share: Share of scenes with one object.
         codec_share: Share of videos that pass through H.264 on their way.
@@ -56,8 +57,14 @@ class ToyStage:
         stop_after: Steps after which the stage ends, short of `max_steps`, which still shapes the schedule.
         first_seed: Scene of the stage's first video.
         questions_per_video: Questions asked about a video, instead of the recipe's number.
-        merge_schedule: What merges inside the decoder, from this stage on (section 3.3: in the last stage). The rows of
-            several questions share their video through a mask of their own, which merging does not take: one question.
+        merge_schedule: What merges inside the decoder, from this stage on (section 3.3: in the last stage).
+        muon_learning_rate: Peak of Muon for the matrices of the layers; None for AdamW alone, as the paper has it.
+        weight_decay: Of Muon's matrices.
+        decay_share: Share of the steps, the last, over which the learning rate falls linearly to 0; None for a cosine.
+        patch_alignment_weight: Weight of the same error for every patch by itself (`patch_alignment_loss`).
+        busy_weight: How much more a patch that shows a coloured thing counts there, beside 1 for any patch.
+        staggered_share: Share of clips with several shapes in which these appear one after the other.
+        shape_name_share: Share of the questions that name their object by its shape alone, beside those drawn so.
     """
 
     name: str
@@ -74,6 +81,18 @@ class ToyStage:
     first_seed: int = 0
     questions_per_video: int | None = None
     merge_schedule: str | list | None = None
+    muon_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    decay_share: float | None = None
+    patch_alignment_weight: float = 0.0
+    busy_weight: float = 4.0
+    staggered_share: float = STAGGERED_SHARE
+    shape_name_share: float = 0.0
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the stage has a teacher."""
+        return self.tube_alignment_weight > 0 or self.patch_alignment_weight > 0
 
 
 def read_recipe(name_or_path: str) -> tuple[dict[str, Any], list[ToyStage]]:
@@ -118,6 +137,7 @@ class ToyDataset(Dataset):
         split: Split of the world.
         num_questions: Questions drawn for each video.
         patch_size: Side of a patch.
+        aspects: What the teacher knows, as `teacher_features` takes it.
     """
 
     def __init__(
@@ -130,8 +150,9 @@ class ToyDataset(Dataset):
         split: str,
         num_questions: int,
         patch_size: int,
+        aspects: Sequence[str] = ("looks",),
     ):
-        self.stage, self.tokenizer, self.length = stage, tokenizer, length
+        self.stage, self.tokenizer, self.length, self.aspects = stage, tokenizer, length, aspects
         self.seed, self.split, self.num_questions, self.patch_size = seed, split, num_questions, patch_size
 
     def __len__(self) -> int:
@@ -140,17 +161,29 @@ class ToyDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(self.seed * 1_000_003 + index)
         single = rng.random() < self.stage.single_share
-        scene = sample_scene(self.seed + index, num_frames=self.stage.num_frames, split=self.split, single=single)
+        scene = sample_scene(
+            self.seed + index,
+            num_frames=self.stage.num_frames,
+            split=self.split,
+            single=single,
+            staggered_share=self.stage.staggered_share,
+        )
         clean = render(scene)
         frames = through_codec(clean) if rng.random() < self.stage.codec_share else clean
-        asked = draw_questions(questions(scene), self.num_questions, rng, self.stage.focus or {})
+        asked = training_questions(scene, rng, self.stage.shape_name_share)
+        asked = draw_questions(asked, self.num_questions, rng, self.stage.focus or {})
         grid = (frames.shape[1] // self.patch_size, frames.shape[2] // self.patch_size)
         return {
             "row": encode_turns(self.tokenizer, len(frames), grid, [(q.text, q.answer) for q in asked]),
             "patches": frames_to_patches(frames, self.patch_size),
-            "teacher": torch.from_numpy(toy_teacher_features(clean, self.patch_size)).flatten(0, 2),
+            "teacher": self._teach(clean),
             "tasks": [q.task for q in asked],
         }
+
+    def _teach(self, frames: np.ndarray) -> Tensor | None:
+        if not self.stage.is_guided:
+            return None
+        return torch.from_numpy(teacher_features(frames, self.patch_size, self.aspects)).flatten(0, 2)
 
 
 def encode_turns(tokenizer: Any, num_frames: int, grid: tuple[int, int], turns: Sequence[tuple[str, str]]) -> PackedRow:
@@ -176,39 +209,49 @@ def encode_text(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def collate(items: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Any]:
-    """Batch the items of a `ToyDataset`."""
-    return {
-        **pack_rows([item["row"] for item in items], pad_token_id),
+def collate(items: Sequence[dict[str, Any]], pad_token_id: int, *, merges: bool = False) -> dict[str, Any]:
+    """Batch the items of a `ToyDataset`; `merges` as in `pack_rows`."""
+    batch = {
+        **pack_rows([item["row"] for item in items], pad_token_id, merges=merges),
         "pixel_values_videos": torch.cat([item["patches"] for item in items]),
-        "teacher_features": torch.cat([item["teacher"] for item in items]),
     }
+    if items[0]["teacher"] is not None:
+        batch["teacher_features"] = torch.cat([item["teacher"] for item in items])
+    return batch
 
 
 class ToyTrainer(Trainer):
-    """HF Trainer that adds L_MSE (Eq. 2) to the generative loss and logs both."""
+    """HF Trainer that adds the stage's alignment to the teacher to the generative loss and logs both."""
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, tube_alignment_weight: float, **kwargs: Any):
+    def __init__(self, *args: Any, stage: ToyStage, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.tube_alignment_weight = tube_alignment_weight
+        self.stage = stage
         self.parts: dict[str, list[float]] = {"loss_gen": [], "loss_mse": []}
 
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
-        teacher = inputs.pop("teacher_features")
-        weight = self.tube_alignment_weight
+        teacher = inputs.pop("teacher_features", None)
         loss, outputs = super().compute_loss(
-            model, {**inputs, "output_hidden_states": weight > 0}, return_outputs=True, **kwargs
+            model, {**inputs, "output_hidden_states": teacher is not None}, return_outputs=True, **kwargs
         )
         self.parts["loss_gen"].append(loss.item())
-        if weight:
+        if teacher is not None:
             geometry = read_geometry(model.model.token_kinds(inputs["input_ids"]))
             student = model.guidance.tube_head(outputs.hidden_states[-1].flatten(0, 1)[geometry.patch_index])
-            mse = tube_alignment_loss(student, tubes_of_patches(teacher, geometry), geometry)
-            self.parts["loss_mse"].append(mse.item())
-            loss = loss + weight * mse
+            error = self._align(student, teacher, geometry)
+            self.parts["loss_mse"].append(error.item())
+            loss = loss + error
         return (loss, outputs) if return_outputs else loss
+
+    def _align(self, student: Tensor, teacher: Tensor, geometry: VisualGeometry) -> Tensor:
+        total = student.new_zeros((), dtype=torch.float32)
+        if weight := self.stage.tube_alignment_weight:
+            total = total + weight * tube_alignment_loss(student, tubes_of_patches(teacher, geometry), geometry)
+        if weight := self.stage.patch_alignment_weight:
+            busy = torch.from_numpy(busy_patches(teacher.cpu().numpy())).to(teacher.device)
+            total = total + weight * patch_alignment_loss(student, teacher, 1 + self.stage.busy_weight * busy)
+        return total
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for name, values in self.parts.items():
@@ -239,9 +282,9 @@ def validate(model: nn.Module, dataset: ToyDataset, pad_token_id: int, batch_siz
     right: dict[str, list[bool]] = {}
     for start in range(0, len(dataset), batch_size):
         items = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = collate(items, pad_token_id)
+        batch = collate(items, pad_token_id, merges=bool(model.config.resolve_merge_schedule()))
         labels = batch.pop("labels")
-        batch.pop("teacher_features")
+        batch.pop("teacher_features", None)
         guesses = model(**batch, use_cache=False).logits[:, :-1].argmax(-1)
         wrong = (guesses != labels[:, 1:]) & (labels[:, 1:] != IGNORED)
         for i, item in enumerate(items):
@@ -266,9 +309,13 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
     """Train one stage through HF Trainer."""
     if stage.merge_schedule is not None:
         model.set_merge_schedule(stage.merge_schedule)
+    merges = bool(model.config.resolve_merge_schedule())
+    if not merges and not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # the faster one for short rows with a mask of their own
     common = {
         "num_questions": stage.questions_per_video or recipe["questions_per_video"],
         "patch_size": model.config.patch_size,
+        "aspects": recipe.get("teacher", ["looks"]),
     }
     train = ToyDataset(
         stage,
@@ -278,13 +325,14 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
         split="train",
         **common,
     )
-    held_out = ToyDataset(stage, tokenizer, length=200, seed=0, split="validation", **common)
+    as_tested = replace(stage, staggered_share=STAGGERED_SHARE, tube_alignment_weight=0.0, patch_alignment_weight=0.0)
+    held_out = ToyDataset(as_tested, tokenizer, length=200, seed=0, split="validation", **common)
     arguments = TrainingArguments(
         output_dir=str(out / stage.name),
         max_steps=stage.max_steps,
         per_device_train_batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
-        lr_scheduler_type="cosine",
+        **_schedule(stage),
         warmup_steps=stage.warmup_steps,
         adam_beta2=0.98,
         weight_decay=0.0,
@@ -303,19 +351,40 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
         model=model,
         args=arguments,
         train_dataset=train,
-        data_collator=lambda items: collate(items, tokenizer.pad_token_id),
-        tube_alignment_weight=stage.tube_alignment_weight,
-        callbacks=[ToyValidation(held_out, 500, tokenizer.pad_token_id, out)],
+        data_collator=lambda items: collate(items, tokenizer.pad_token_id, merges=merges),
+        stage=stage,
+        optimizers=(_muon(model, stage), None),
+        callbacks=[ToyValidation(held_out, 250, tokenizer.pad_token_id, out)],
     )
     trainer.train()
+    model.set_attn_implementation("sdpa")
 
 
-def build_model(recipe: dict[str, Any], tokenizer: Any, teacher_width: int) -> ElvaForCausalLM:
-    """A fresh model of the recipe's preset, with the task head of L_MSE attached as `guidance`."""
+def _schedule(stage: ToyStage) -> dict[str, Any]:
+    """Arguments of HF Trainer: a cosine, or flat with a linear tail."""
+    if stage.decay_share is None:
+        return {"lr_scheduler_type": "cosine"}
+    tail = round(stage.decay_share * stage.max_steps)
+    return {
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": tail, "decay_type": "linear"},
+    }
+
+
+def _muon(model: nn.Module, stage: ToyStage) -> MuonWithAdamW | None:
+    if stage.muon_learning_rate is None:
+        return None
+    return MuonWithAdamW(model, stage.learning_rate, stage.muon_learning_rate, stage.weight_decay)
+
+
+def build_model(recipe: dict[str, Any], tokenizer: Any) -> ElvaForCausalLM:
+    """A fresh model of the recipe's preset, with the task head of the teacher attached as `guidance`."""
     config = ElvaConfig.from_preset(recipe["preset"], **add_special_tokens(tokenizer), **recipe.get("config", {}))
-    config.text_config.vocab_size = len(tokenizer)
+    text = {**config.text_config.to_dict(), "vocab_size": len(tokenizer), **recipe.get("text_config", {})}
+    text.pop("layer_types", None)  # as many as there were layers
+    config.text_config = type(config.text_config)(**text)
     model = ElvaForCausalLM(config)
-    model.set_guidance({"teacher_width": teacher_width, "frame_weight": 0.0})
+    model.set_guidance({"teacher_width": teacher_width(recipe.get("teacher", ["looks"])), "frame_weight": 0.0})
     generation = model.generation_config
     generation.eos_token_id = tokenizer.eos_token_id
     generation.pad_token_id = tokenizer.pad_token_id
@@ -360,8 +429,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe["seed"] = recipe["seed"] if options.seed is None else options.seed
     set_seed(recipe["seed"])
     tokenizer = build_toy_tokenizer()
-    probe = toy_teacher_features(np.zeros((1, 64, 64, 3), np.uint8), 16)
-    model = build_model(recipe, tokenizer, probe.shape[-1])
+    model = build_model(recipe, tokenizer)
     if options.weights is not None:
         saved = ElvaForCausalLM.from_pretrained(options.weights)
         model.load_state_dict(saved.state_dict(), strict=False)  # all but the task head
