@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from elva_hf.data.toy_world import HELD_OUT_PAIRS, TASKS, questions, sample_scene
+from elva_hf.data.toy_world import HELD_OUT_LOOKS, TASKS, questions, sample_scene
 from elva_hf.evaluation.toy_world import BARS, HELD_OUT, TaskScore, draw_questions, format_table, missed_bars
 
 GOOD = TaskScore("color", 500, array=0.97, mp4=0.96, single=0.99, swapped=0.2, blind=0.15, single_blind=0.15)
@@ -48,13 +48,12 @@ def test_the_table_has_a_row_for_each_score():
     assert lines[3].endswith("| none |") and len(lines) == 4
 
 
-def test_held_out_rows_ask_for_held_out_pairs_only():
+def test_held_out_rows_ask_of_held_out_looks_only():
     asked = [item for item in draw_questions(20, single=False, split="test") if item.row.endswith(HELD_OUT)]
-    assert len(asked) == 40
+    assert len(asked) == 60
     for item in asked:
-        things = sample_scene(item.seed, split="test").objects
         words = item.question.text.rstrip("?").split()
-        (thing,) = [thing for thing in things if thing.shape in words or thing.color in words]
-        assert (thing.color, thing.shape) in HELD_OUT_PAIRS
-        assert item.question.answer == getattr(thing, item.row.removesuffix(HELD_OUT))
+        named = [o for o in sample_scene(item.seed, split="test").objects if o.shape in words or o.color in words]
+        assert [(o.color, o.shape, o.pattern) in HELD_OUT_LOOKS for o in named] == [True]
+        assert item.question.answer == getattr(named[0], item.row.removesuffix(HELD_OUT))
     assert not any(item.row.endswith(HELD_OUT) for item in draw_questions(5, single=True, split="test"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elva_hf.data.toy_world import (
-    HELD_OUT_PAIRS,
+    HELD_OUT_LOOKS,
     Question,
     Scene,
     questions,
@@ -61,7 +61,7 @@ class ToyRows(Sequence):
         frames = render(scene)
         if rng.random() < self.codec_share:
             frames = through_codec(frames)
-        asked = draw_questions(training_questions(scene, rng), self.questions_per_video, rng, self.focus)
+        asked = draw_questions(questions(scene), self.questions_per_video, rng, self.focus)
         messages: list[dict[str, Any]] = []
         for i, question in enumerate(asked):
             content = [{"type": "video", "video": frames}] if i == 0 else []
@@ -101,17 +101,11 @@ def open_toy_rows(**options: Any) -> ToyRows:
     return ToyRows(**options)
 
 
-def links_held_out_pair(question: Question, scene: Scene) -> bool:
-    """Whether a question asks for the shape of a colour, or the reverse, of an object whose pair is held out.
-
-    Such objects are seen in training, as others among objects and in questions about place, motion or number. Only the
-    questions that link the two words are kept for evaluation.
-    """
-    if question.task not in ("color", "shape"):
-        return False
-    given = "shape" if question.task == "color" else "color"
+def asks_of_held_out_look(question: Question, scene: Scene) -> bool:
+    """Whether a question names an object whose colour, shape and pattern are never seen together in training."""
+    words = question.text.rstrip("?").split()
     return any(
-        (thing.color, thing.shape) in HELD_OUT_PAIRS and getattr(thing, given) in question.text.rstrip("?").split()
+        (thing.color, thing.shape, thing.pattern) in HELD_OUT_LOOKS and (thing.shape in words or thing.color in words)
         for thing in scene.objects
     )
 
@@ -125,18 +119,8 @@ def named_by_shape(question: Question, scene: Scene) -> Question:
     return question
 
 
-def training_questions(scene: Scene, rng: random.Random, shape_name_share: float = 0.0) -> list[Question]:
-    """What a training scene may be asked: all but what links a held-out pair, some of it named by shape.
-
-    Args:
-        scene: Of the split `"train"`; scenes of other splits are asked everything.
-        rng: Draws who is renamed.
-        shape_name_share: Share of the questions that are to name their object by its shape, whatever they said.
-    """
-    asked = questions(scene)
-    if scene.split != "train":
-        return asked
-    kept = [question for question in asked if not links_held_out_pair(question, scene)]
-    if not shape_name_share:
-        return kept
-    return [named_by_shape(question, scene) if rng.random() < shape_name_share else question for question in kept]
+def name_some_by_shape(asked: Sequence[Question], scene: Scene, rng: random.Random, share: float) -> list[Question]:
+    """The questions, `share` of which name their object by its shape alone, whatever they said."""
+    if not share:
+        return list(asked)
+    return [named_by_shape(question, scene) if rng.random() < share else question for question in asked]

@@ -60,10 +60,16 @@ NUMBERS: tuple[str, ...] = ("one", "two", "three")
 RELATIONS: dict[str, tuple[int, int]] = {"left of": (1, -1), "right of": (1, 1), "above": (0, -1), "below": (0, 1)}
 NONE = "none"
 STAGGERED_SHARE = 0.5
-HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
-    (color, SHAPES[i % len(SHAPES)]) for i, color in enumerate(COLORS)
+HELD_OUT_LOOKS: frozenset[tuple[str, str, str]] = frozenset(
+    (color, shape, PATTERNS[(i + j) % len(PATTERNS)])
+    for i, color in enumerate(COLORS)
+    for j, shape in enumerate(SHAPES)
 )
-"""Colours and shapes that no training question links, though training scenes show them; each colour is in one."""
+"""Colour, shape and pattern of things that no training scene shows: of each coloured shape one pattern in four.
+
+Every pair of the three is seen in training, so what is new is the combination; and a thing is seldom named by more than
+one of the three, so no answer to a question's words is ruled out by training.
+"""
 
 _ABSENT_SHARE = 0.1  # colour and shape questions about something that is not there
 _DIGIT_SHARE = 0.6
@@ -186,7 +192,10 @@ def sample_scene(
         motion, cells = _pick_path(rng, motion, num_frames, free)
         jitter = (int(rng.random() * 4) - 1, int(rng.random() * 4) - 1)
         brightness = 0.88 + 0.12 * rng.random()
-        objects.append(SceneObject(shape, color, _pick(rng, PATTERNS), motion, cells, entry, jitter, brightness))
+        pattern = _pick(rng, PATTERNS)
+        if split == "train" and (color, shape, pattern) in HELD_OUT_LOOKS:  # drawn of the seed: the stream goes on
+            pattern = PATTERNS[(PATTERNS.index(pattern) + 1 + seed % (len(PATTERNS) - 1)) % len(PATTERNS)]
+        objects.append(SceneObject(shape, color, pattern, motion, cells, entry, jitter, brightness))
     return Scene(
         seed=seed,
         split=split,

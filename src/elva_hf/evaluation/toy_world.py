@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from elva_hf.data.toy_rows import links_held_out_pair
+from elva_hf.data.toy_rows import asks_of_held_out_look
 from elva_hf.data.toy_world import TASKS, Question, Scene, blind_optimum, questions, render, sample_scene, write_mp4
 
 BARS = {
@@ -23,7 +23,8 @@ KEPT_BY_MERGING = 0.97
 """Share of the accuracy without merging that must be left with it, in each task."""
 
 HELD_OUT = ", held out"
-"""Ending of the rows that ask only for pairs of colour and shape that no training question linked."""
+HELD_OUT_TASKS = ("color", "shape", "pattern")
+"""Tasks with a further row on things whose colour, shape and pattern were never seen together in training."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ class _Asked:
 def draw_questions(num_questions: int, *, single: bool, split: str) -> list[_Asked]:
     """Draw the same number of questions for each row, at most one per row and scene, seed by seed.
 
-    A row is a task; of scenes with several objects also `"color, held out"` and `"shape, held out"`.
+    A row is a task; with up to three objects also `"color, held out"` and so on, for `HELD_OUT_TASKS`.
     """
     wanted = {task: num_questions for task in TASKS}
     if not single:
-        wanted |= {task + HELD_OUT: num_questions for task in ("color", "shape")}
+        wanted |= {task + HELD_OUT: num_questions for task in HELD_OUT_TASKS}
     asked, seed = [], 0
     while any(wanted.values()) and seed < 40 * num_questions:
         scene = sample_scene(seed, split=split, single=single)
@@ -83,7 +84,7 @@ def _rows(scene: Scene) -> dict[str, list[Question]]:
     rows: dict[str, list[Question]] = {}
     for question in questions(scene):
         rows.setdefault(question.task, []).append(question)
-        if links_held_out_pair(question, scene):
+        if question.task in HELD_OUT_TASKS and asks_of_held_out_look(question, scene):
             rows.setdefault(question.task + HELD_OUT, []).append(question)
     return rows
 
@@ -131,7 +132,7 @@ def evaluate(
         tick: Called with the number of prompts just answered.
 
     Returns:
-        One score per task, then those of held-out pairs.
+        One score per task, then those of held-out looks.
     """
     model.eval()
     schedule = getattr(model.config, "merge_schedule", "none")

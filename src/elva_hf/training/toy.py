@@ -22,10 +22,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from elva_hf.configuration_elva import ElvaConfig
 from elva_hf.data.collator import IGNORED, PackedRow, pack_rows
-from elva_hf.data.toy_rows import draw_questions, training_questions
+from elva_hf.data.toy_rows import draw_questions, name_some_by_shape
 from elva_hf.data.toy_teacher import busy_patches, teacher_features, teacher_width
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
-from elva_hf.data.toy_world import STAGGERED_SHARE, TASKS, render, sample_scene, through_codec
+from elva_hf.data.toy_world import STAGGERED_SHARE, TASKS, questions, render, sample_scene, through_codec
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.geometry_elva import VisualGeometry, read_geometry
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
@@ -88,7 +88,7 @@ class ToyDataset(Dataset):
         )
         clean = render(scene)
         frames = through_codec(clean) if rng.random() < self.stage.codec_share else clean
-        asked = training_questions(scene, rng, self.stage.shape_name_share)
+        asked = name_some_by_shape(questions(scene), scene, rng, self.stage.shape_name_share)
         asked = draw_questions(asked, self.num_questions, rng, self.stage.focus or {})
         grid = (frames.shape[1] // self.patch_size, frames.shape[2] // self.patch_size)
         return {
@@ -243,7 +243,13 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
         split="train",
         **common,
     )
-    as_tested = replace(stage, staggered_share=STAGGERED_SHARE, tube_alignment_weight=0.0, patch_alignment_weight=0.0)
+    as_tested = replace(
+        stage,
+        staggered_share=STAGGERED_SHARE,
+        shape_name_share=0.0,
+        tube_alignment_weight=0.0,
+        patch_alignment_weight=0.0,
+    )
     held_out = ToyDataset(as_tested, tokenizer, length=200, seed=0, split="validation", **common)
     arguments = TrainingArguments(
         output_dir=str(out / stage.name),
