@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test lint check format tiny ship eval mixins mutants heavy clean
+.PHONY: demo test lint check format tiny ship eval mixins mutants heavy claims claims-quick clean
 
 demo: $(VENV)/.installed  ## ask the shipped checkpoint about the shipped clip
 	$(BIN)/elva demo
@@ -29,9 +29,16 @@ tiny: $(VENV)/.tested  ## retrain the shipped checkpoint into runs/tiny
 
 ship: $(VENV)/.tested  ## make runs/tiny the shipped checkpoint: table, demo clip, card
 	$(BIN)/python scripts/ship_tiny.py
+	$(BIN)/python benchmarks/claims/page.py
 
 eval: $(VENV)/.tested  ## both held-out tables of the shipped checkpoint
 	$(BIN)/elva eval toy-world
+
+claims: $(VENV)/.tested  ## every table, plot and docs/results.md: hours on two cores, goes on where it stopped
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims/run.py
+
+claims-quick: $(VENV)/.tested  ## do the scripts of the claims work; keeps nothing, gives no verdict
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/claims/run.py --quick
 
 mixins: $(VENV)/.tested  ## transformers' own common tests on our classes, without merging and with; downloads its sdist
 	$(BIN)/python scripts/run_mixins.py

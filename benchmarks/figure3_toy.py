@@ -26,6 +26,7 @@ import torch
 from line_chart import Series, draw_chart
 from measuring import RESULTS, Meter, markdown_table, provenance, write_results
 from PIL import Image
+from pooling import Pooling, embed, pooling_matrix
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache
@@ -34,7 +35,7 @@ import elva_hf
 from elva_hf.data.collator import IGNORED
 from elva_hf.data.toy_world import TASKS, Question, render, sample_scene
 from elva_hf.evaluation.toy_world import draw_questions
-from elva_hf.geometry_elva import VisualGeometry, read_geometry
+from elva_hf.geometry_elva import read_geometry
 from elva_hf.training.toy import encode_turns, frames_to_patches
 
 LONE_TASKS = ("pattern", "where", "digit", "motion", "moving")
@@ -46,21 +47,6 @@ Row = dict[str, Any]
 
 TOLERANCE = 0.01
 """What a schedule may cost in any column to be chosen."""
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """Averages after the patch embedding.
-
-    Args:
-        frames: Frames that are left of a video; neighbours are averaged in equal shares.
-        side: Side of the square of places that are averaged in a frame.
-        marks: Whether `<FRAME>` and `<LINE>` of averaged frames are averaged too.
-    """
-
-    frames: int = 8
-    side: int = 1
-    marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,27 +164,6 @@ def _batch(scenes: Sequence[tuple[tuple[int, bool], list[Question]]], split: str
 # Running
 
 
-def pooling_matrix(geometry: VisualGeometry, length: int, pooling: Pooling) -> tuple[Tensor, Tensor]:
-    """What pooling does to one row of `length` tokens that holds one video of a single grid.
-
-    Returns:
-        `(M, N)` weights of the tokens in each mean, and the `(M,)` position of the last token of each.
-    """
-    rows, columns = int(geometry.frame_rows[0]), int(geometry.frame_columns[0])
-    block = torch.arange(geometry.num_frames) * pooling.frames // geometry.num_frames
-    place = geometry.patch_row // pooling.side * columns + geometry.patch_column // pooling.side
-    group = torch.arange(length)
-    group[geometry.patch_index] = length + block[geometry.patch_frame] * rows * columns + place
-    if pooling.marks:
-        line = torch.arange(geometry.line_index.shape[0])
-        group[geometry.frame_index] = -1 - block
-        group[geometry.line_index] = -1 - geometry.num_frames - (block[line // rows] * rows + line % rows)
-    members = torch.nn.functional.one_hot(group.unique(return_inverse=True)[1]).T
-    last = (members * torch.arange(length)).amax(1)
-    order = last.argsort()
-    return (members / members.sum(1, keepdim=True))[order], last[order]
-
-
 def read_videos(model: Any, batch: Batch, how: Any) -> tuple[Cache, list[float]]:
     """Run the videos of a batch; the filled cache, and the mean tokens entering each layer."""
     pixels = torch.cat([frames_to_patches(frames, model.config.patch_size) for frames in batch.frames])
@@ -214,16 +179,6 @@ def read_videos(model: Any, batch: Batch, how: Any) -> tuple[Cache, list[float]]
         use_cache=True,
     )
     return outputs.past_key_values, count_tokens(outputs.past_key_values)
-
-
-def embed(model: Any, input_ids: Tensor, pixels: Tensor) -> Tensor:
-    """`(B, N, D)` what enters layer 0: text, patches, `<FRAME>` and `<LINE>`."""
-    geometry = read_geometry(model.model.token_kinds(input_ids))
-    features = model.get_video_features(pixels).last_hidden_state
-    where = torch.cat([geometry.patch_index, geometry.frame_index, geometry.line_index])
-    embeddings = model.get_input_embeddings()(input_ids)
-    visual = torch.cat(model.model.patch_embed(features, geometry))
-    return embeddings.flatten(0, 1).index_copy(0, where, visual).view_as(embeddings)
 
 
 def count_tokens(cache: Cache) -> list[float]:

@@ -1,7 +1,9 @@
-"""benchmarks/claims/: verdicts are what hand computation says, finished runs are not made again, the scripts run."""
+"""benchmarks/claims/: verdicts are what hand computation says, variants see the same, runs go on."""
 
-import json
+import importlib
+import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +11,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import elva_hf
 from elva_hf.data.collator import pad_samples
@@ -29,17 +30,9 @@ def claims():
     """The modules of `benchmarks/claims/`, imported as its script imports them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        from claims import guidance, patch_embedding, protocol, report, run, runs, trainer
-
-        yield SimpleNamespace(
-            protocol=protocol,
-            runs=runs,
-            trainer=trainer,
-            report=report,
-            run=run,
-            guidance=guidance.CLAIM,
-            patch_embedding=patch_embedding.CLAIM,
-        )
+        names = "grading guidance hard_scenes hurting merging patch_embedding protocol reduction runs scenes stages"
+        names += " trainer worlds"
+        yield SimpleNamespace(**{name: importlib.import_module(f"claims.{name}") for name in names.split()})
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +138,7 @@ def test_a_verdict_needs_both_intervals(protocol, differences, verdict):
 
 
 def make_runs(claims, seeds=2):
-    claim = replace(claims.guidance, budget=replace(claims.guidance.budget, steps=3))
+    claim = replace(claims.guidance.CLAIM, budget=replace(claims.guidance.CLAIM.budget, steps=3))
     return claims.runs.plan_runs(claim, seeds)
 
 
@@ -158,8 +151,10 @@ def test_the_key_of_a_run_changes_with_what_is_run(claims, protocol, monkeypatch
         replace(run, variant=replace(run.variant, guidance={"tube_weight": 1.0})),
         replace(run, budget=replace(run.budget, learning_rate=1e-3)),
         replace(run, claim="other"),
+        replace(run, base=run),
+        replace(run, base=replace(run, seed=1)),
     ]
-    assert replace(run).key == run.key
+    assert replace(run, keeps_weights=True).key == run.key
     keys = {run.key, *(other.key for other in others)}
     monkeypatch.setattr(claims.runs, "VERSION", protocol.VERSION + 1)
     assert len({*keys, run.key}) == len(others) + 2
@@ -168,11 +163,12 @@ def test_the_key_of_a_run_changes_with_what_is_run(claims, protocol, monkeypatch
 def test_a_claim_goes_on_where_it_stopped(claims, protocol, tmp_path):
     path, runs, made = tmp_path / "sub" / "claim.jsonl", make_runs(claims), []
 
-    def train(variant, seed, budget, device):
-        made.append((variant.name, seed))
+    def train(run, folder):
+        assert folder == path.parent
+        made.append((run.variant.name, run.seed))
         if len(made) == 4:
             raise KeyboardInterrupt
-        return curve_of(protocol, [0.1 * len(made)], parameters=seed)
+        return curve_of(protocol, [0.1 * len(made)], parameters=run.seed)
 
     asked = [(run.variant.name, run.seed) for run in runs]
     with pytest.raises(KeyboardInterrupt):
@@ -191,8 +187,8 @@ WORKER = """
 import torch
 from claims.protocol import Curve
 
-def train(variant, seed, budget, device):
-    if (variant.name, seed) == ("+mse", 0):
+def train(run, folder):
+    if (run.variant.name, run.seed) == ("+mse", 0):
         raise FloatingPointError("diverged")
     return Curve((1,), (1,), {}, {}, torch.get_num_threads())
 """
@@ -213,35 +209,158 @@ def test_processes_have_one_thread_and_a_failed_run_leaves_no_line(claims, tmp_p
     assert "+mse" not in {line["variant"]["name"] for line in lines}
 
 
+def test_bases_are_made_before_what_begins_with_them(claims, protocol, tmp_path):
+    variants = tuple(protocol.Variant(name, base=base) for name, base in (("b", "a"), ("a", None), ("c", "a")))
+    claim = protocol.Claim("it", "", "", variants, (), (), protocol.Budget(5, tuning_steps=2))
+    plan, made = claims.runs.plan_runs(claim, 2), []
+
+    def train(run, folder):
+        made.append((run.variant.name, run.seed))
+        if run.keeps_weights:
+            path = claims.runs.weights_path(folder, run)
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        return curve_of(protocol, [0.5])
+
+    lines = claims.runs.finish_runs(plan, tmp_path / "it.jsonl", train, stamp=STAMP)
+    assert made[:2] == [("a", 0), ("a", 1)] and sorted(made[2:]) == [("b", 0), ("b", 1), ("c", 0), ("c", 1)]
+    assert [line["variant"]["name"] for line in lines] == ["b", "a", "c"] * 2
+    other = replace(claim, name="other", variants=(protocol.Variant("d", base="a", tuned=False),), bases=claim)
+    more = claims.runs.plan_runs(other, 3)
+    claims.runs.finish_runs(more, tmp_path / "other.jsonl", train, stamp=STAMP)
+    assert made[6:] == [("a", 2), ("d", 0), ("d", 1), ("d", 2)]  # two bases were there
+    assert len(claims.runs.read_lines(tmp_path / "other.jsonl")) == 3
+
+
+def test_a_base_that_does_not_exist_is_named(protocol):
+    with pytest.raises(ValueError, match="'b' begins with 'x'; known are b"):
+        protocol.Claim("it", "", "", (protocol.Variant("b", base="x"),), (), (), protocol.Budget(5))
+
+
+def test_steps_of_a_variant_follow_its_phases(protocol):
+    budget = protocol.Budget(10, frames=(8,), tuning_steps=3)
+    phases = (protocol.Phase(0.3, (1,)), protocol.Phase(0.7, (1, 8)))
+    assert protocol.frames_of_steps(protocol.Variant("a"), budget) == [8] * 10
+    assert protocol.frames_of_steps(protocol.Variant("a", share=0.5), budget) == [8] * 5
+    found = protocol.frames_of_steps(protocol.Variant("a", phases=phases), budget)
+    assert found[:3] == [1, 1, 1] and len(found) == 10 and set(found[3:]) == {1, 8}
+    assert protocol.count_steps(protocol.Variant("a", base="b"), budget) == 3
+    assert protocol.count_steps(protocol.Variant("a", base="b", tuned=False), budget) == 0
+    with pytest.raises(ValueError, match=r"add up to 0\.7"):
+        protocol.Variant("a", phases=phases[1:])
+
+
+# The worlds
+
+
+def test_orders_of_steps_see_the_same_videos(claims):
+    budget = replace(claims.stages.CLAIM.budget, steps=8, batch_size=2)
+    spatial, joint, video = claims.stages.CLAIM.variants
+    world = claims.worlds.WORLDS["scenes"]
+
+    def seen(variant, seed=0):
+        steps = claims.protocol.count_steps(variant, budget)
+        return [(s.seed, s.num_frames) for step in range(steps) for s in world.draw(budget, seed, step, variant)]
+
+    assert seen(spatial) != seen(joint) and Counter(seen(spatial)) == Counter(seen(joint))
+    assert max(Counter(seen(joint)).values()) == 1
+    assert {frames for _, frames in seen(video)} == {8}
+    assert set(seen(video)) & set(seen(joint))
+    tuned = replace(video, base="x")
+    budget = replace(budget, tuning_steps=8)
+    assert not set(seen(tuned)) & {*seen(video), *seen(video, 1), *seen(tuned, 1)}
+
+
+def test_stages_have_equal_tokens(claims, tokenizer):
+    claim, world = claims.stages.CLAIM, claims.worlds.WORLDS["scenes"]
+    budget = replace(claim.budget, batch_size=1, steps=200)
+    tokens = []
+    for variant in (claim.variants[0], claim.variants[2]):
+        drawn = [world.draw(budget, 0, i, variant)[0] for i in range(claims.protocol.count_steps(variant, budget))]
+        tokens.append(sum(len(world.ask(scene, 8, tokenizer, 16, variant).sample) for scene in drawn))
+    assert tokens[0] == pytest.approx(tokens[1], rel=0.02)
+
+
+def test_hard_scenes_differ_in_the_condition_alone(claims):
+    world, budget = claims.worlds.WORLDS["hard"], claims.hurting.CLAIM.budget
+    rows = world.held_out(budget, "test", 40, None)
+    frames = {
+        name: [claims.hard_scenes.draw_hard(row) for row in rows if row.condition == name]
+        for name in claims.hard_scenes.CONDITIONS
+    }
+    easy, fast = ([row.scene for row in rows if row.condition == name] for name in ("easy", "fast"))
+    moving = 0
+    for slow, quick in zip(easy, fast, strict=True):
+        for one, other in zip(slow.objects, quick.objects, strict=True):
+            assert list(dict.fromkeys(one.cells)) == list(dict.fromkeys(other.cells))
+            for thing, interval in ((one, 2), (other, 1)):
+                changes = [i for i in range(1, 8) if thing.cells[i] != thing.cells[i - 1]]
+                assert all(b - a == interval for a, b in itertools.pairwise(changes))
+                assert not changes or (changes[0] >= 2 and changes[-1] <= 6)
+            moving += one.motion != "still"
+    assert 20 < moving < 40
+    for big, small in zip(frames["easy"], frames["small"], strict=True):
+        changed = (big != small).any(-1).sum((1, 2))
+        assert (changed > 20).all() and (changed < 170).all()  # 13 x 13 px at most
+    for still, drifting in zip(frames["easy"], frames["drift"], strict=True):
+        assert np.abs(still.mean((1, 2, 3)) - drifting.mean((1, 2, 3))).max() > 0.2
+
+
+def test_every_third_training_scene_is_hard(claims, tokenizer):
+    world, budget = claims.worlds.WORLDS["mixed"], replace(claims.merging.CLAIM.budget, frames=(8,))
+    variant = claims.protocol.Variant("it")
+    drawn = [scene for step in range(3) for scene in world.draw(budget, 0, step, variant)]
+    hard = Counter(getattr(scene, "condition", None) for scene in drawn)
+    assert hard == {None: 32, "easy": 4, "fast": 4, "small": 4, "drift": 4}
+    for scene in (scene for scene in drawn if hasattr(scene, "condition")):
+        assert scene.scene.split == "train"
+        tasks = {column.split(",")[0] for column in world.ask(scene, 99, tokenizer, 16, variant).columns}
+        assert {"digit", "motion", "color"} <= tasks and ("pattern" in tasks) == (scene.condition != "small")
+    assert not any(hasattr(scene, "condition") for scene in world.held_out(budget, "test", 9, variant))
+
+
+def test_conditions_are_asked_the_same(claims, tokenizer):
+    world, budget = claims.worlds.WORLDS["hard"], claims.hurting.CLAIM.budget
+    asked = [world.ask(row, 8, tokenizer, 16, None) for row in world.held_out(budget, "test", 2, None)]
+    for easy, fast in zip(asked[:2], asked[2:4], strict=True):
+        assert torch.equal(easy.sample.labels, fast.sample.labels)
+    columns = {column for row in asked for column in row.columns}
+    assert columns == set(claims.hurting.CLAIM.columns)
+    assert world.blind(budget, 50, 50).keys() == columns
+
+
 # The trainer
 
 
 def spy_on_training(trainer, patch):
     """Lists of every batch that a run is updated with, of its learning-rate factors and of its models."""
     batches, factors, models = [], [], []
-    update, build = trainer._update, trainer.build_model
+    update, build = trainer.update, trainer.build_model
 
-    def watch(model, batch, optimizers, factor):
+    def watch(model, batch, optimizers, factor, variant):
         batches.append(batch)
         factors.append(factor)
-        update(model, batch, optimizers, factor)
+        return update(model, batch, optimizers, factor, variant)
 
     def keep(*args):
         models.append(build(*args))
         return models[-1]
 
-    patch.setattr(trainer, "_update", watch)
+    patch.setattr(trainer, "update", watch)
     patch.setattr(trainer, "build_model", keep)
     return batches, factors, models
 
 
 @pytest.fixture(scope="module")
-def trained(claims, trainer, budget):
-    """Curves, batches and models of two guided variants and of another seed."""
-    gen, mse = claims.guidance.variants[:2]
+def trained(claims, trainer, budget, tmp_path_factory):
+    """Curves, batches and models of two variants, one of them guided, and of another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    gen, mse = claims.guidance.CLAIM.variants[:2]
     with pytest.MonkeyPatch.context() as patch:
         batches, factors, models = spy_on_training(trainer, patch)
-        curves = [trainer.train(variant, seed, budget, "cpu") for variant, seed in ((gen, 3), (mse, 3), (gen, 4))]
+        plan = [claims.runs.Run("it", variant, seed, budget) for variant, seed in ((gen, 3), (mse, 3), (gen, 4))]
+        curves = [trainer.train(run, folder) for run in plan]
+    assert not list(folder.iterdir())
     return SimpleNamespace(curves=curves, batches=batches, factors=factors, models=models)
 
 
@@ -265,68 +384,213 @@ def test_a_curve_counts_real_tokens_and_every_evaluation(trained, tokenizer):
 
 def test_only_guided_variants_learn_from_the_teacher(claims, trainer, trained, tokenizer):
     gen, mse, _ = trained.models
-    fresh = trainer.build_model(claims.guidance.variants[1], 3, tokenizer)
+    fresh = trainer.build_model(claims.guidance.CLAIM.variants[1], 3, tokenizer)
     assert gen.guidance is None and mse.config.guidance["frame_weight"] == 0
     before, after = (next(model.guidance.tube_head.parameters()) for model in (fresh, mse))
     assert not torch.equal(before, after)
-    start = trainer.build_model(claims.guidance.variants[0], 3, tokenizer).state_dict()
+    start = trainer.build_model(claims.guidance.CLAIM.variants[0], 3, tokenizer).state_dict()
     assert all(torch.equal(start[name], value) for name, value in fresh.state_dict().items() if name in start)
 
 
-def test_the_teachers_tubes_and_frames_are_means_of_its_patches(trainer, budget, tokenizer):
-    scenes = [trainer.draw_scene(seed, 6, "train", 0.0) for seed in range(2)]
-    rows = [trainer.ask(scene, 3, tokenizer, 16) for scene in scenes]
-    batch, segments = trainer.make_batch(rows, tokenizer.pad_token_id, "cpu")
+def test_the_teachers_tubes_and_frames_are_means_of_its_patches(claims, trainer, tokenizer):
+    rows = [ask(claims, claims.scenes.draw_scene(seed, 6, "train", 0.0), 3, tokenizer) for seed in range(2)]
+    batch = trainer.make_batch(rows, tokenizer.pad_token_id, "cpu")
+    seen = trainer.see(rows, "looks", 16, None, "cpu")
     model = elva_hf.ElvaForCausalLM.from_pretrained(elva_hf.tiny_checkpoint())
     geometry = read_geometry(model.model.token_kinds(batch["input_ids"]))
-    patches = torch.cat([row.teacher.flatten(0, 2) for row in rows])
-    torch.testing.assert_close(batch["teacher_tubes"], tubes_of_patches(patches, geometry))
-    assert batch["teacher_frames"].shape == (12, 29)
-    torch.testing.assert_close(batch["teacher_frames"][7], rows[1].teacher[1].flatten(0, 1).mean(0))
-    assert segments.max() == 3 and (segments == -1).sum() == (batch["input_ids"] == tokenizer.pad_token_id).sum()
+    features = [trainer.teachers.features("looks", row.frames, 16, None) for row in rows]
+    patches = torch.from_numpy(np.concatenate([part.reshape(-1, 29) for part in features]))
+    torch.testing.assert_close(seen["teacher_tubes"], tubes_of_patches(patches, geometry))
+    assert seen["teacher_frames"].shape == (12, 29)
+    wanted = torch.from_numpy(features[1][1].reshape(-1, 29).mean(0))
+    torch.testing.assert_close(seen["teacher_frames"][7], wanted)
 
 
-def test_an_answer_is_right_where_it_is_right_on_a_row_of_its_own(trainer, tokenizer):
+def ask(claims, scene, number, tokenizer):
+    return claims.worlds.WORLDS["scenes"].ask(scene, number, tokenizer, 16, claims.protocol.Variant("it"))
+
+
+def draw_rows(claims, tokenizer, count, number=6, frames=8):
+    scenes = [claims.scenes.draw_scene(seed, frames, "validation", 0.3) for seed in range(count)]
+    return [ask(claims, scene, number, tokenizer) for scene in scenes]
+
+
+@pytest.fixture(scope="module")
+def tiny():
     model = elva_hf.ElvaForCausalLM.from_pretrained(elva_hf.tiny_checkpoint(), dtype=torch.float32)
     model.set_merge_schedule("none")
-    scenes = [trainer.draw_scene(seed, 8, "validation", 0.3) for seed in range(6)]
-    rows = [trainer.ask(scene, 6, tokenizer, 16) for scene in scenes]
-    expected = {}
+    return model
+
+
+def test_an_answer_is_right_where_it_is_right_on_a_row_of_its_own(claims, trainer, protocol, tokenizer, tiny):
+    rows, expected = draw_rows(claims, tokenizer, 6), {}
     for row in rows:
         for task, single in zip(row.columns, row.sample.unpack(), strict=True):
             inputs = pad_samples([single], tokenizer.pad_token_id)
             labels = inputs.pop("labels")[:, 1:]
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                guesses = model(**inputs, pixel_values_videos=single.pixel_values_videos).logits[:, :-1].argmax(-1)
+                guesses = tiny(**inputs, pixel_values_videos=single.pixel_values_videos).logits[:, :-1].argmax(-1)
             right = bool(((guesses == labels) | (labels == IGNORED)).all())
             for column in (task, f"{task}/{row.num_objects}"):
                 expected.setdefault(column, []).append(right)
-    scores = trainer.evaluate(model, rows, tokenizer.pad_token_id, "cpu", batch_size=4)
-    assert scores == {column: pytest.approx(np.mean(values)) for column, values in expected.items()}
+    scores = trainer.evaluate(tiny, rows, tokenizer.pad_token_id, protocol.Variant("it"), "cpu", batch_size=4)
+    assert scores.shares == {column: pytest.approx(np.mean(values)) for column, values in expected.items()}
     assert 0 < sum(map(sum, expected.values())) < sum(map(len, expected.values()))
-    assert model.training
+    assert tiny.training and scores.visual_share == 1
 
 
-def test_an_answer_is_wrong_if_any_of_its_tokens_is(trainer):
+# Reductions
+
+
+@pytest.mark.parametrize("kind", ["merge", "pool", "drop"])
+def test_a_reduction_to_everything_changes_nothing(claims, trainer, protocol, tokenizer, tiny, kind):
+    batch = trainer.make_batch(draw_rows(claims, tokenizer, 3), tokenizer.pad_token_id, "cpu")
+    with torch.no_grad():
+        plain, tokens = trainer.take_loss(tiny.train(), batch, protocol.Variant("it"))
+        variant = protocol.Variant("it", reduction=protocol.Reduction(kind, 1.0))
+        same, same_tokens = trainer.take_loss(tiny, batch, variant)
+        less = protocol.Variant("it", reduction=protocol.Reduction(kind, 0.5))
+        other, fewer = trainer.take_loss(tiny, batch, less)
+    assert float(same) == pytest.approx(float(plain), rel=1e-4) and same_tokens == tokens
+    assert abs(float(other) - float(plain)) > 1e-3
+    assert tokens - fewer == {"merge": 0, "pool": 3 * 64, "drop": 3 * 84}[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "ratio", "share"),
+    [
+        ("merge", 0.5, (128 + 3 * 43) / 512),
+        ("merge", 0.375, (128 + 3 * 22) / 512),
+        ("pool", 0.375, 0.375),
+        ("drop", 0.5, 0.5),
+    ],
+)
+def test_the_share_of_patches_is_a_mean_over_layers(claims, trainer, protocol, tokenizer, tiny, kind, ratio, share):
+    variant = protocol.Variant("it", reduction=protocol.Reduction(kind, ratio))
+    score = trainer.evaluate(tiny, draw_rows(claims, tokenizer, 3), tokenizer.pad_token_id, variant, "cpu", 2)
+    assert score.visual_share == pytest.approx(share)
+
+
+def test_merged_answers_are_those_of_rows_of_their_own(claims, trainer, protocol, tokenizer, tiny):
+    reduction = protocol.Reduction("merge", 0.4)
+    row = draw_rows(claims, tokenizer, 5)[4]
+    batch = trainer.make_batch([row], tokenizer.pad_token_id, "cpu")
+    with torch.no_grad():
+        reading = claims.reduction.read(tiny, batch, reduction)
+        for number, single in enumerate(row.sample.unpack(), start=1):
+            inputs = pad_samples([single], tokenizer.pad_token_id)
+            alone = tiny.model(
+                **{name: inputs[name] for name in ("input_ids", "attention_mask")},
+                pixel_values_videos=single.pixel_values_videos,
+                merge_schedule=claims.reduction.merge_schedule(reduction, 4),
+            ).last_hidden_state
+            own = reading.hidden[reading.segments == number]
+            torch.testing.assert_close(own, alone[0, -len(own) :], atol=1e-4, rtol=1e-4)
+
+
+def test_dropped_frames_are_not_seen(claims, trainer, protocol, tokenizer, tiny):
+    batch = trainer.make_batch(draw_rows(claims, tokenizer, 1), tokenizer.pad_token_id, "cpu")
+    reduction = protocol.Reduction("drop", 0.25)  # frames 3 and 7 are left
+    with torch.no_grad():
+        before = claims.reduction.read(tiny, batch, reduction).hidden
+        pixels = batch["pixel_values_videos"].view(8, 16, -1).clone()
+        pixels[[0, 1, 2, 4, 5, 6]] = 0.5
+        after = claims.reduction.read(tiny, {**batch, "pixel_values_videos": pixels.flatten(0, 1)}, reduction).hidden
+        pixels[3] = 0.5
+        other = claims.reduction.read(tiny, {**batch, "pixel_values_videos": pixels.flatten(0, 1)}, reduction).hidden
+    torch.testing.assert_close(before, after)
+    assert (other - after).abs().max() > 1e-2
+
+
+def test_what_no_reduction_can_do_is_said(claims, trainer, protocol, tokenizer, tiny):
+    with pytest.raises(ValueError, match=r"cannot leave 0\.25"):
+        claims.reduction.merge_schedule(protocol.Reduction("merge", 0.25), 4)
+    with pytest.raises(ValueError, match="reduction 'prune': expected one of merge"):
+        protocol.Reduction("prune")
+    with pytest.raises(ValueError, match="give guidance or a reduction"):
+        protocol.Variant("it", guidance={}, reduction=protocol.Reduction("pool", 0.5))
+    rows = [*draw_rows(claims, tokenizer, 1), *draw_rows(claims, tokenizer, 1, frames=6)]
+    batch = trainer.make_batch(rows, tokenizer.pad_token_id, "cpu")
+    with pytest.raises(ValueError, match="differ in frames or grid"):
+        claims.reduction.read(tiny, batch, protocol.Reduction("pool", 0.5))
+
+
+def test_tuning_goes_on_from_the_weights_of_its_base(claims, trainer, protocol, budget, tmp_path):
+    variants = (
+        protocol.Variant("base", {"patch_embed_type": "naive"}, guidance={"tube_weight": 1.0, "frame_weight": 0.0}),
+        protocol.Variant("same", base="base", tuned=False),
+        protocol.Variant("pool", base="base", reduction=protocol.Reduction("pool", 1.0)),
+    )
+    budget = replace(budget, frames=(8,), tuning_steps=2)
+    claim = protocol.Claim("it", "", "", variants, (), (), budget)
+    base, same, pool = claims.runs.plan_runs(claim, 1)
+    assert pool.variant.config == base.variant.config
+    with pytest.MonkeyPatch.context() as patch:
+        batches, _, models = spy_on_training(trainer, patch)
+        curve = trainer.train(same, tmp_path)  # trains the base
+        stored = claims.runs.weights_path(tmp_path, base).read_bytes()
+        finished = trainer.train(base, tmp_path)
+        tuned = trainer.train(pool, tmp_path)
+    assert len(batches) == 6 and list(tmp_path.rglob("*.partial")) == []
+    assert claims.runs.weights_path(tmp_path, base).read_bytes() == stored
+    assert curve.steps == (0,) and curve.test == curve.test_untuned == finished.test
+    assert curve.accuracy == {column: shares[-1:] for column, shares in finished.accuracy.items()}
+    assert tuned.steps == (0, 1, 2) and tuned.tokens[0] == 0 and finished.test_untuned == {}
+    weights = [model.model.patch_embed.special_tokens for model in models]
+    assert torch.equal(weights[0], weights[1]) and torch.equal(weights[1], weights[2])
+    assert not torch.equal(weights[2], weights[3])
+    wider = replace(pool, variant=replace(pool.variant, config={"patch_embed_type": "video"}))
+    with pytest.raises(ValueError, match="parameters differ"):
+        trainer.train(wider, tmp_path)
+
+
+# Grading
+
+
+def test_an_answer_is_wrong_if_any_of_its_tokens_is(claims):
     labels = torch.tensor([[-100, -100, 5, 6, -100, 7, 8, -100]])
     segments = torch.tensor([[0, 1, 1, 1, 2, 2, 2, -1]])
     guesses = torch.tensor([[0, 5, 6, 0, 7, 9, 0, 0]])  # the first answer whole, the second but for its end
-    assert trainer.grade(guesses, labels, segments) == [[True, False]]
-    guesses[0, 5] = 8
-    assert trainer.grade(guesses, labels, segments) == [[True, True]]
+    assert claims.grading.grade(guesses, labels, segments) == [[[True, True], [True, False]]]
+    row = SimpleNamespace(columns=("a", "b"), num_objects=2, fields=())
+    found = list(claims.grading.count_right([row], guesses, labels, segments))
+    assert found == [("a", True), ("a/2", True), ("b", False), ("b/2", False)]
+    row.fields = ((), ("c/x#0", "c/x#1"))
+    assert list(claims.grading.count_right([row], guesses, labels, segments))[4:] == [("c/x", True), ("c/x", False)]
+    row.fields = ((), ("c/x#0", "c/x#0"))
+    assert list(claims.grading.count_right([row], guesses, labels, segments))[4:] == [("c/x", False)]
+    row.fields = ((), ("c/x#0", ""))
+    assert list(claims.grading.count_right([row], guesses, labels, segments))[4:] == [("c/x", True)]
+
+
+def test_videos_are_swapped_between_rows_of_one_shape(claims, tokenizer):
+    rows = [draw_rows(claims, tokenizer, 3, frames=frames)[i] for i, frames in ((0, 8), (0, 1), (1, 8), (2, 8), (1, 1))]
+    swapped = claims.grading.swap_videos(rows)
+    for row, new, other in zip(rows, swapped, (2, 4, 3, 0, 1), strict=True):
+        assert torch.equal(new.sample.pixel_values_videos, rows[other].sample.pixel_values_videos)
+        assert torch.equal(new.sample.input_ids, row.sample.input_ids) and new.columns == row.columns
+        assert new.frames is rows[other].frames
+
+
+# The optimisers
 
 
 @pytest.mark.parametrize(("optimizer", "steps"), [("adamw", 80), ("muon", 40)])
-def test_a_batch_is_learned_by_heart(trainer, protocol, budget, tokenizer, optimizer, steps):
-    budget = replace(budget, optimizer=optimizer)
-    model = trainer.build_model(protocol.Variant("it"), 0, tokenizer).train()
+def test_a_batch_is_learned_by_heart(claims, trainer, protocol, budget, tokenizer, optimizer, steps):
+    budget, variant = replace(budget, optimizer=optimizer), protocol.Variant("it")
+    model = trainer.build_model(variant, 0, tokenizer).train()
     optimizers = trainer.build_optimizers(model, budget)
-    rows = [trainer.ask(scene, 3, tokenizer, 16) for scene in trainer.draw_step(budget, 0, 0)]
-    batch, _ = trainer.make_batch(rows, tokenizer.pad_token_id, "cpu")
-    assert not any(trainer.evaluate(model, rows, tokenizer.pad_token_id, "cpu").values())
+    world = claims.worlds.WORLDS["scenes"]
+    rows = [ask(claims, scene, 3, tokenizer) for scene in world.draw(budget, 0, 0, variant)]
+    batch = trainer.make_batch(rows, tokenizer.pad_token_id, "cpu")
+
+    def shares():
+        return trainer.evaluate(model, rows, tokenizer.pad_token_id, variant, "cpu").shares
+
+    assert not any(shares().values())
     for _ in range(steps):
-        trainer._update(model, batch, optimizers, 1.0)
-    assert set(trainer.evaluate(model, rows, tokenizer.pad_token_id, "cpu").values()) == {1.0}
+        trainer.update(model, batch, optimizers, 1.0, variant)
+    assert set(shares().values()) == {1.0}
     groups = [sum(weight.numel() for weight in opt.param_groups[0]["params"]) for opt in optimizers]
     assert len(groups) == 1 + (optimizer == "muon") and sum(groups) == sum(w.numel() for w in model.parameters())
     if optimizer == "muon":
@@ -354,130 +618,27 @@ def test_the_learning_rate_is_a_share_of_its_peak_however_often_it_is_set(traine
 
 
 def test_the_wider_naive_embedding_has_the_parameters_of_the_video_one(claims, trainer, tokenizer):
-    video, naive, wider = (
-        trainer.count_parameters(trainer.build_model(variant, 0, tokenizer))
-        for variant in claims.patch_embedding.variants
-    )
-    assert naive < 0.96 * video and abs(wider - video) < 1e-3 * video
+    video, naive = (replace(variant, guidance=None) for variant in claims.patch_embedding.CLAIM.variants[:2])
+    wider = replace(naive, config={**naive.config, **claims.patch_embedding.WIDER})
+    sizes = [trainer.count_parameters(trainer.build_model(variant, 0, tokenizer)) for variant in (video, naive, wider)]
+    assert sizes[1] < 0.96 * sizes[0] and abs(sizes[2] - sizes[0]) < 1e-3 * sizes[0]
 
 
-def test_blind_shares_are_those_of_the_commonest_answers(trainer, budget):
+def test_blind_shares_are_those_of_the_commonest_answers(claims, budget):
     budget = replace(budget, frames=(1, 6), single_share=0.3)
-    counts = {}
+    draw, counts = claims.scenes.draw_scene, {}
     for seed in range(60):
-        for question in questions(trainer.draw_scene(seed, 6, "train", 0.3)):
+        for question in questions(draw(seed, 6, "train", 0.3)):
             answers = counts.setdefault(question.text, {})
             answers[question.answer] = answers.get(question.answer, 0) + 1
     right = []
     for seed in range(40):
-        scene = trainer.draw_scene(seed, 6, "test", 0.3)
+        scene = draw(seed, 6, "test", 0.3)
         if len(scene.objects) == 2:
             for question in questions(scene):
                 if question.task == "count":
                     answers = counts[question.text]
                     right.append(max(answers, key=answers.get) == question.answer)
-    shares = trainer.blind_shares(budget, 60, 40)
+    shares = claims.worlds.WORLDS["scenes"].blind(budget, 60, 40)
     assert shares["count/2"] == pytest.approx(np.mean(right))
     assert 0 < shares["count"] < 1 and "motion/1" in shares
-
-
-# The report
-
-
-@pytest.fixture
-def result(claims, protocol, tmp_path):
-    """Of two variants and three seeds, whose figures are easy to know."""
-    claim = protocol.Claim(
-        "it",
-        "A title",
-        "Table 9",
-        (protocol.Variant("ours"), protocol.Variant("theirs")),
-        (("ours", "theirs"),),
-        ("a",),
-        protocol.Budget(300),
-    )
-
-    def train(variant, seed, budget, device):
-        gap = 0.0 if variant.name == "ours" else 0.1 + seed / 100
-        return curve_of(protocol, [0.5, 0.95 - gap, 0.98 - gap], test=0.97 - gap, parameters=len(variant.name))
-
-    lines = claims.runs.finish_runs(claims.runs.plan_runs(claim, 3), tmp_path / "it.jsonl", train, stamp=STAMP)
-    lines[0]["commit"] = "def"
-    return claims.report.summarise(claim, lines, {"a": 0.25, "b": 0.1}, "20 scenes", "python it")
-
-
-def test_a_result_holds_differences_within_seeds(result):
-    (pair,) = result["comparisons"]
-    assert pair["final accuracy"]["differences"] == pytest.approx([0.1, 0.11, 0.12])
-    assert pair["accuracy at equal tokens"]["differences"] == pytest.approx([0.1, 0.11, 0.12])
-    assert pair["steps saved"]["differences"] == [100, 100, 100]  # 200 against the whole budget
-    assert pair["final accuracy"]["verdict"] == "confirmed"
-    ours, theirs = result["variants"]
-    assert ours["steps_to_level"] == {"a": [200, 200, 200]} and theirs["steps_to_level"] == {"a": [None] * 3}
-    assert ours["curve"]["mean"] == pytest.approx([0.5, 0.95, 0.98])
-    assert theirs["curve"]["mean"] == pytest.approx([0.5, 0.84, 0.87])
-    assert result["commit"] == "abc, def"
-
-
-def test_a_page_names_where_its_figures_come_from(claims, result, tmp_path):
-    claims.report.write(result, tmp_path / "out")
-    files = {path.suffix: path for path in (tmp_path / "out").iterdir()}
-    assert {path.name for path in files.values()} == {f"claims-it{end}" for end in (".json", ".md", ".png")}
-    text = files[".md"].read_text()
-    assert json.loads(files[".json"].read_text()) == result
-    assert claims.report.render(result) == text
-    words = " ".join(text.split())
-    for part in (
-        "Commit abc, def; 2026-01-02; a CPU",
-        "3 seeds (0, 1, 2), 300 steps of 16 videos",
-        "8 frames, optimiser",
-    ):
-        assert part in words
-    assert "| ours | 4 | 300 | 3000 | 0.97 | 0.97 to 0.97 | 200.0 | 3 of 3 |" in text
-    assert "| blind | - | - | - | 0.25 |" in text
-    assert "| ours over theirs | steps saved | +100 | +100 to +100 | +100 to +100 | - | confirmed |" in text
-    assert "| a | 0.25 | 0.97 | 0.86 | +0.09 to +0.13 |" in text
-    assert Image.open(files[".png"]).size[0] > 400
-
-
-def test_published_pages_are_made_from_their_numbers(claims):
-    for path in (BENCHMARKS / "results").glob("claims-*.json"):
-        result = json.loads(path.read_text())
-        assert claims.report.render(result) == path.with_suffix(".md").read_text()
-        assert result["kind"] == "measured" and len(result["seeds"]) >= 5
-
-
-# The script
-
-
-def test_quick_runs_every_claim_and_leaves_nothing(claims, tmp_path, monkeypatch, capsys):
-    written = {}
-
-    def watch(result, folder):
-        claims.report.write(result, folder)
-        written[result["name"]] = (result, (folder / f"claims-{result['name']}.md").read_text())
-
-    monkeypatch.setattr(claims.run, "write", watch)
-    monkeypatch.setattr(claims.run, "provenance", lambda device: {**STAMP, "kind": "measured"})
-    monkeypatch.chdir(tmp_path)
-    before = sorted((BENCHMARKS / "results").iterdir())
-    claims.run.main(["--quick", "--jobs", "1"])
-    assert written.keys() == claims.run.CLAIMS.keys()
-    for result, text in written.values():
-        assert len(result["variants"]) == 2 and result["budget"]["steps"] == 3 and result["seeds"] == [0]
-        assert "no verdict" in text and "confirmed |" not in text
-        assert result["variants"][0]["curve"]["steps"] == [2, 3]
-    assert not list(tmp_path.iterdir()) and sorted((BENCHMARKS / "results").iterdir()) == before
-
-
-def test_an_unknown_claim_is_named(claims, capsys):
-    with pytest.raises(SystemExit):
-        claims.run.main(["figure_9"])
-    assert "no claim is called figure_9" in capsys.readouterr().err
-
-
-def test_columns_of_a_claim_are_columns_of_the_world(claims, trainer):
-    known = trainer.blind_shares(claims.patch_embedding.budget, 50, 50).keys()
-    for claim in claims.run.CLAIMS.values():
-        names = {variant.name for variant in claim.variants}
-        assert known >= set(claim.columns) and names.issuperset(sum(claim.pairs, ()))

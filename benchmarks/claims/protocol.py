@@ -25,19 +25,85 @@ RESAMPLES = 10_000
 CONFIRMED, CONTRADICTED, NOT_SEEN = "confirmed", "contradicted", "not seen"
 
 
+REDUCTIONS = ("merge", "pool", "drop")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a training.
+
+    Args:
+        share: Of the steps.
+        frames: Frames of the videos of a step, one entry after another; 1 for images.
+    """
+
+    share: float
+    frames: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What leaves the decoder fewer patches, in training and in evaluation.
+
+    Args:
+        kind: `"merge"` inside the decoder (`merge_schedule`), `"pool"` neighbouring frames after the patch embedding,
+            or `"drop"` whole frames there.
+        ratio: Share of the patches that is left, mean over the layers. Merging takes it in one ratio step, and what
+            enters the layers before that is not merged.
+        layer: At whose input that step merges.
+        schedule: A `merge_schedule` instead of ratio and layer.
+
+    Raises:
+        ValueError: The kind is none of these.
+    """
+
+    kind: str
+    ratio: float = 1.0
+    layer: int = 1
+    schedule: Any = None
+
+    def __post_init__(self):
+        if self.kind not in REDUCTIONS:
+            raise ValueError(f"reduction {self.kind!r}: expected one of {', '.join(REDUCTIONS)}.")
+
+
 @dataclass(frozen=True)
 class Variant:
     """One of the models that a claim compares.
 
     Args:
         name: In tables.
-        config: Fields of `ElvaConfig` that differ from the preset.
+        config: Fields of `ElvaConfig` that differ from the preset; added to those of the base.
         guidance: Weights `tube_weight` and `frame_weight` of Eq. 4; None for L_Gen alone.
+        teacher: Of the guidance, by its name in `claims.teachers`.
+        phases: Frames by share of the steps; the budget's for all steps if there are none.
+        share: Of the budget's steps that it trains.
+        base: Variant with whose last weights of the same seed it begins; it is evaluated at step 0, and then tuned.
+        tuned: Whether a variant with a base trains at all.
+        reduction: Of patches.
+        sampling: What the world makes of it.
+
+    Raises:
+        ValueError: Guidance and reduction are given together, or phases that do not fill the training.
     """
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
     guidance: Mapping[str, float] | None = None
+    teacher: str = "looks"
+    phases: tuple[Phase, ...] = ()
+    share: float = 1.0
+    base: str | None = None
+    tuned: bool = True
+    reduction: Reduction | None = None
+    sampling: str = ""
+
+    def __post_init__(self):
+        if self.guidance is not None and self.reduction is not None:
+            raise ValueError(f"variant {self.name!r}: a teacher knows all patches; give guidance or a reduction.")
+        total = sum(phase.share for phase in self.phases)
+        if self.phases and abs(total - 1) > 1e-6:
+            raise ValueError(f"variant {self.name!r}: shares of its phases add up to {total:g}; expected 1.")
 
 
 @dataclass(frozen=True)
@@ -58,6 +124,9 @@ class Budget:
         evaluate_every: Steps between evaluations.
         validation_scenes: Scenes of an evaluation.
         test_scenes: Scenes of the one evaluation on the test split, after the last step.
+        world: Of the videos, by its name in `claims.worlds`.
+        tuning_steps: Optimiser steps of a variant with a base.
+        tuning_rate: Share of the learning rates that tuning begins with.
     """
 
     steps: int
@@ -65,14 +134,33 @@ class Budget:
     frames: tuple[int, ...] = (8,)
     questions: int = 8
     single_share: float = 0.35
-    optimizer: str = "adamw"
+    optimizer: str = "muon"
     learning_rate: float = 2e-3
-    muon_learning_rate: float = 0.02
-    warmup: int = 100
+    muon_learning_rate: float = 0.015
+    warmup: int = 50
     tail_share: float = 0.3
     evaluate_every: int = 100
     validation_scenes: int = 150
     test_scenes: int = 500
+    world: str = "scenes"
+    tuning_steps: int = 0
+    tuning_rate: float = 0.3
+
+
+def count_steps(variant: Variant, budget: Budget) -> int:
+    """Optimiser steps of a variant; 0 for one that is only evaluated."""
+    if variant.base is None:
+        return round(variant.share * budget.steps)
+    return budget.tuning_steps if variant.tuned else 0
+
+
+def frames_of_steps(variant: Variant, budget: Budget) -> list[int]:
+    """Frames of the videos of each step."""
+    steps, frames, done = count_steps(variant, budget), [], 0.0
+    for phase in variant.phases or (Phase(1.0, budget.frames),):
+        done += phase.share
+        frames += [phase.frames[step % len(phase.frames)] for step in range(len(frames), round(done * steps))]
+    return frames
 
 
 @dataclass(frozen=True)
@@ -88,6 +176,10 @@ class Claim:
         columns: Columns of the evaluation on which the verdict is given, named before the runs.
         budget: Of every run.
         notes: What a reader must know of the trial, in sentences.
+        bases: The claim among whose variants the bases are; this one if None.
+
+    Raises:
+        ValueError: A base is none of its variants.
     """
 
     name: str
@@ -98,6 +190,19 @@ class Claim:
     columns: tuple[str, ...]
     budget: Budget
     notes: str = ""
+    bases: Claim | None = None
+
+    def __post_init__(self):
+        for variant in self.variants:
+            if variant.base is not None:
+                self.base_of(variant)
+
+    def base_of(self, variant: Variant) -> Variant:
+        """The variant that another one begins with."""
+        known = {candidate.name: candidate for candidate in (self.bases or self).variants}
+        if variant.base not in known:
+            raise ValueError(f"variant {variant.name!r} begins with {variant.base!r}; known are {', '.join(known)}.")
+        return known[variant.base]
 
 
 @dataclass(frozen=True)
@@ -105,11 +210,14 @@ class Curve:
     """What one run reached.
 
     Args:
-        steps: Optimiser steps at each of `E` evaluations, ascending.
+        steps: Optimiser steps at each of `E` evaluations, ascending; from 0 on for a variant with a base.
         tokens: Real tokens, padding not counted, that had passed the decoder by then.
         accuracy: Per column `E` shares on the validation split.
         test: Per column the share on the test split, after the last step.
         parameters: Of the model, without what only training needs.
+        visual_share: Share of the patches that is left, measured on the test split, mean over the layers.
+        test_untuned: As `test`, before the first step; empty for a variant without base.
+        swapped: As `test`, each question asked about the next scene's video.
     """
 
     steps: tuple[int, ...]
@@ -117,6 +225,9 @@ class Curve:
     accuracy: Mapping[str, tuple[float, ...]]
     test: Mapping[str, float]
     parameters: int
+    visual_share: float = 1.0
+    test_untuned: Mapping[str, float] = field(default_factory=dict)
+    swapped: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -125,10 +236,9 @@ class Curve:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Curve:
         """Of what `to_dict` gave, or of what JSON made of it."""
+        lists = {"steps": tuple(values["steps"]), "tokens": tuple(values["tokens"])}
         accuracy = {name: tuple(shares) for name, shares in values["accuracy"].items()}
-        return cls(
-            tuple(values["steps"]), tuple(values["tokens"]), accuracy, dict(values["test"]), values["parameters"]
-        )
+        return cls(**{**values, **lists, "accuracy": accuracy})
 
 
 # Curves

@@ -12,14 +12,13 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from claims.protocol import VERSION, Budget, Claim, Curve, Variant
 
-Train = Callable[[Variant, int, Budget, str], Curve]
-"""Trains a variant with a seed within a budget on a device."""
+WEIGHTS = "weights"
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Run:
         seed: Of initialisation and data.
         budget: Steps, videos and evaluations.
         device: `"cpu"` or `"cuda"`.
+        base: The run whose last weights it begins with.
+        keeps_weights: Whether its own last weights are kept; no part of the key.
     """
 
     claim: str
@@ -39,17 +40,48 @@ class Run:
     seed: int
     budget: Budget
     device: str = "cpu"
+    base: Run | None = None
+    keeps_weights: bool = field(default=False, compare=False)
 
     @property
     def key(self) -> str:
         """16 hexadecimal digits that change with anything that could change the result, the code but for `VERSION`."""
-        text = json.dumps({**asdict(self), "protocol": VERSION}, sort_keys=True)
+        fields = asdict(self)
+        del fields["keeps_weights"]
+        fields["base"] = None if self.base is None else self.base.key
+        text = json.dumps({**fields, "protocol": VERSION}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Train = Callable[[Run, Path], Curve]
+"""Makes a run; its second argument is the folder of the finished runs."""
+
+Prepare = Callable[[Sequence[str], Path, str], object]
 
 
 def plan_runs(claim: Claim, seeds: int, device: str = "cpu") -> list[Run]:
     """Every variant with every seed, seed by seed: what is there when it stops can be compared."""
-    return [Run(claim.name, variant, seed, claim.budget, device) for seed in range(seeds) for variant in claim.variants]
+    return [plan_run(claim, variant, seed, device) for seed in range(seeds) for variant in claim.variants]
+
+
+def plan_run(claim: Claim, variant: Variant, seed: int, device: str = "cpu") -> Run:
+    """One variant with one seed, on its base, whose fields of the configuration it takes over."""
+    if variant.base is None:
+        is_base = any(other.base == variant.name for other in claim.variants if claim.bases is None)
+        return Run(claim.name, variant, seed, claim.budget, device, keeps_weights=is_base)
+    base = replace(plan_run(claim.bases or claim, claim.base_of(variant), seed, device), keeps_weights=True)
+    variant = replace(variant, config={**base.variant.config, **variant.config})
+    return Run(claim.name, variant, seed, claim.budget, device, base)
+
+
+def weights_path(folder: Path, run: Run) -> Path:
+    """Where the last weights of a run are kept, if another begins with them."""
+    return folder / WEIGHTS / f"{run.key}.safetensors"
+
+
+def teachers_folder(folder: Path) -> Path:
+    """Where the towers of a folder of runs are."""
+    return folder / "teachers"
 
 
 def read_lines(path: Path) -> dict[str, dict[str, Any]]:
@@ -70,9 +102,15 @@ def add_line(path: Path, line: Mapping[str, Any]) -> None:
 
 
 def finish_runs(
-    runs: Sequence[Run], path: Path, train: Train, *, jobs: int = 1, stamp: Mapping[str, Any]
+    runs: Sequence[Run],
+    path: Path,
+    train: Train,
+    *,
+    jobs: int = 1,
+    stamp: Mapping[str, Any],
+    prepare: Prepare | None = None,
 ) -> list[dict[str, Any]]:
-    """Train what has no line yet.
+    """Train what has no line yet, bases first.
 
     Args:
         runs: Of one claim.
@@ -80,6 +118,8 @@ def finish_runs(
         train: A function that other processes can import.
         jobs: Processes, each with one thread; 1 trains in this process.
         stamp: Commit, date, versions and device, for each line.
+        prepare: Makes teachers, by their names, in a folder on a device where they are missing; as `claims.teachers`
+            does if None.
 
     Returns:
         The lines of `runs`, in their order.
@@ -88,22 +128,42 @@ def finish_runs(
         Exception: The first that a run raised, after those that had begun have ended and been written; nothing is
             written of a run that raised or was interrupted.
     """
-    done = read_lines(path)
-    for run, curve in _results([run for run in runs if run.key not in done], train, jobs):
-        # the stamp says which device it is that the run calls "cpu" or "cuda"
-        line = {"key": run.key, "protocol": VERSION, **asdict(run), **stamp, "curve": curve.to_dict()}
-        add_line(path, line)
+    done, folder = read_lines(path), path.parent
+    missing = [run for run in runs if run.key not in done]
+    names = {run.variant.teacher for run in with_bases(missing) if run.variant.guidance is not None}
+    if names:
+        (prepare or _prepare_teachers)(sorted(names), teachers_folder(folder), runs[0].device)
+    bases = {run.base.key: run.base for run in missing if run.base is not None}
+    bases = {key: run for key, run in bases.items() if not weights_path(folder, run).exists()}
+    first = bases | {run.key: bases.get(run.key, run) for run in missing if run.base is None}
+    for wave in (list(first.values()), [run for run in missing if run.base is not None]):
+        for run, curve in _results(wave, train, folder, jobs):
+            if run in missing:
+                # the stamp says which device it is that the run calls "cpu" or "cuda"
+                line = {"key": run.key, "protocol": VERSION, **asdict(run), **stamp, "curve": curve.to_dict()}
+                add_line(path, line)
     done = read_lines(path)
     return [done[run.key] for run in runs]
 
 
-def _results(runs: Sequence[Run], train: Train, jobs: int) -> Iterator[tuple[Run, Curve]]:
-    if jobs == 1:
-        yield from ((run, _call(train, run)) for run in runs)
+def _prepare_teachers(names: Sequence[str], folder: Path, device: str) -> None:
+    from claims import teachers  # not at the top: other processes import this file, and it is heavy
+
+    teachers.prepare(names, folder, device)
+
+
+def with_bases(runs: Sequence[Run]) -> list[Run]:
+    """Runs, and those that they begin with."""
+    return [*runs, *(run.base for run in runs if run.base is not None)]
+
+
+def _results(runs: Sequence[Run], train: Train, folder: Path, jobs: int) -> Iterator[tuple[Run, Curve]]:
+    if jobs == 1 or not runs:
+        yield from ((run, train(run, folder)) for run in runs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_use_one_thread) as pool:
-        begun = {pool.submit(_call, train, run): run for run in runs}
+        begun = {pool.submit(train, run, folder): run for run in runs}
         failed: list[BaseException] = []
         for future in as_completed(begun):
             error = None if future.cancelled() else future.exception()
@@ -119,10 +179,6 @@ def _results(runs: Sequence[Run], train: Train, jobs: int) -> Iterator[tuple[Run
 def _cancel(futures: Mapping[Future, Run]) -> None:
     for future in futures:
         future.cancel()  # those that run go on
-
-
-def _call(train: Train, run: Run) -> Curve:
-    return train(run.variant, run.seed, run.budget, run.device)
 
 
 def _use_one_thread() -> None:

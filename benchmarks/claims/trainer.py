@@ -1,118 +1,60 @@
-"""Trains one variant on the procedural world, and says what it can answer on the way.
+"""Trains one variant on a world, and says what it can answer on the way.
 
 A loop of its own on `ElvaForCausalLM`, with the package's rows, packing and guidance: bf16 autocast, a learning rate
 that is flat after its warm-up and falls linearly at the end. Which videos and questions a step holds depends on the
-seed, the step and the budget, never on the variant.
-
-The teacher is the hand-made one of `elva_hf.data.toy_teacher`, which hands over what questions about looks need.
+seed, the step, the budget and the order that the variant's phases give, and on nothing else of the variant.
 """
 
 from __future__ import annotations
 
-import random
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from claims.protocol import Budget, Curve, Variant
+from claims import teachers
+from claims.grading import count_right, swap_videos
+from claims.protocol import Budget, Curve, Variant, count_steps
+from claims.reduction import read
+from claims.runs import Run, teachers_folder, weights_path
+from claims.world import Asked
+from claims.worlds import WORLDS
 from elva_hf.configuration_elva import ElvaConfig
 from elva_hf.data.collator import pad_samples, shared_prefix_mask
-from elva_hf.data.encoding import EncodedSample
-from elva_hf.data.packing import IGNORED, PADDING, PREFIX
-from elva_hf.data.toy_rows import draw_questions
-from elva_hf.data.toy_teacher import NUM_FEATURES, toy_teacher_features
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
-from elva_hf.data.toy_world import Scene, blind_optimum, questions, render, sample_scene
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.training.guidance import GuidanceHook
-from elva_hf.training.toy import encode_turns, frames_to_patches
+from elva_hf.training.losses import generative_loss
 
-SCENES_PER_SEED = 10_000_000
 CLIP_NORM = 1.0
 ADAM_BETAS = (0.9, 0.98)
 MUON_MOMENTUM = 0.95
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One video with its questions, ready for a batch.
-
-    Args:
-        sample: Its tokens and pixels.
-        columns: Per question its task.
-        num_objects: Of the scene.
-        teacher: `(T, rows, columns, 29)` what the teacher sees in it.
-    """
-
-    sample: EncodedSample
-    columns: tuple[str, ...]
-    num_objects: int
-    teacher: Tensor
+# Batches
 
 
-# Data
-
-
-def draw_scene(seed: int, num_frames: int, split: str, single_share: float) -> Scene:
-    """The scene of a seed: with one object in `single_share` of all cases, else with one to three."""
-    single = random.Random(seed).random() < single_share
-    return sample_scene(seed, num_frames=num_frames, split=split, single=single)
-
-
-def ask(scene: Scene, number: int, tokenizer: PreTrainedTokenizerBase, patch_size: int) -> Asked:
-    """Render a scene and draw its questions, both of its seed alone; all questions share one row's video."""
-    frames = render(scene)
-    asked = draw_questions(questions(scene), number, random.Random(scene.seed), {})
-    grid = (frames.shape[1] // patch_size, frames.shape[2] // patch_size)
-    row = encode_turns(tokenizer, len(frames), grid, [(q.text, q.answer) for q in asked])
-    ids, labels, segments = list(row.prefix), [IGNORED] * len(row.prefix), [PREFIX] * len(row.prefix)
-    for turn, (question, answer) in enumerate(row.turns, start=1):
-        ids += question + answer
-        labels += [IGNORED] * len(question) + answer
-        segments += [turn] * (len(question) + len(answer))
-    sample = EncodedSample(
-        torch.tensor(ids),
-        torch.tensor(labels),
-        frames_to_patches(frames, patch_size),
-        ((grid,) * len(frames),),
-        torch.tensor(segments),
-    )
-    teacher = torch.from_numpy(toy_teacher_features(frames, patch_size))
-    return Asked(sample, tuple(q.task for q in asked), len(scene.objects), teacher)
-
-
-def draw_step(budget: Budget, seed: int, step: int) -> list[Scene]:
-    """The scenes of an optimiser step, the same for every variant; no two seeds share one."""
-    first = seed * SCENES_PER_SEED + step * budget.batch_size
-    frames = budget.frames[step % len(budget.frames)]
-    return [draw_scene(first + i, frames, "train", budget.single_share) for i in range(budget.batch_size)]
-
-
-def draw_held_out(budget: Budget, split: str, number: int) -> list[Scene]:
-    """The scenes of an evaluation, the same for every variant and seed."""
-    return [draw_scene(seed, max(budget.frames), split, budget.single_share) for seed in range(number)]
-
-
-def make_batch(rows: Sequence[Asked], pad_token_id: int, device: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Inputs of the model with the teacher's features, and which token belongs to which question.
-
-    Rows are short, and a mask of all by all takes half the time of a row's questions one after another.
-
-    Returns:
-        What the model takes, with `teacher_tubes` `(B, h, w, 29)` and `teacher_frames` `(F, 29)`; and `(B, N)` 0 for
-        the video, 1, 2, ... for the questions, -1 for padding.
-    """
+def make_batch(rows: Sequence[Asked], pad_token_id: int, device: str) -> dict[str, Tensor]:
+    """`input_ids`, `labels`, `position_ids`, `segment_ids`, each `(B, N)`, and `pixel_values_videos` of rows."""
     batch = pad_samples([row.sample for row in rows], pad_token_id)
-    segments = batch.pop("segment_ids").to(device)
-    batch["attention_mask"] = shared_prefix_mask(segments)
+    del batch["attention_mask"]
     batch["pixel_values_videos"] = torch.cat([row.sample.pixel_values_videos for row in rows])
-    batch["teacher_tubes"] = torch.stack([row.teacher.mean(0) for row in rows])
-    batch["teacher_frames"] = torch.cat([row.teacher.mean((1, 2)) for row in rows])
-    return {name: tensor.to(device) for name, tensor in batch.items()}, segments
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def see(rows: Sequence[Asked], teacher: str, patch_size: int, folder: Path | None, device: str) -> dict[str, Tensor]:
+    """A teacher's `teacher_tubes` `(B, h, w, W)` and `teacher_frames` `(F, W)` of rows."""
+    seen = [torch.from_numpy(teachers.features(teacher, row.frames, patch_size, folder)) for row in rows]
+    return {
+        "teacher_tubes": torch.stack([video.mean(0) for video in seen]).to(device),
+        "teacher_frames": torch.cat([video.mean((1, 2)) for video in seen]).to(device),
+    }
 
 
 # Model and optimiser
@@ -125,7 +67,7 @@ def build_model(variant: Variant, seed: int, tokenizer: PreTrainedTokenizerBase)
     config.text_config.vocab_size = len(tokenizer)
     model = ElvaForCausalLM(config)
     if variant.guidance is not None:
-        model.set_guidance({"teacher_width": NUM_FEATURES, **variant.guidance})
+        model.set_guidance({"teacher_width": teachers.width(variant.teacher), **variant.guidance})
     return model
 
 
@@ -134,8 +76,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("guidance."))
 
 
-def build_optimizers(model: nn.Module, budget: Budget) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, budget: Budget, share: float = 1.0) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of the decoder's layers and AdamW for the rest; no weight decay.
+
+    Args:
+        model: What they step.
+        budget: Names the optimiser and the rates.
+        share: Of the rates.
 
     Raises:
         ValueError: The budget names another optimiser.
@@ -146,12 +93,12 @@ def build_optimizers(model: nn.Module, budget: Budget) -> list[torch.optim.Optim
     for name, weight in model.named_parameters():
         in_layer = budget.optimizer == "muon" and weight.ndim == 2 and ".layers." in name
         (matrices if in_layer else rest).append(weight)
-    adam = torch.optim.AdamW(rest, lr=budget.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
+    adam = torch.optim.AdamW(rest, lr=share * budget.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
     if not matrices:
         return [adam]
     muon = torch.optim.Muon(
         matrices,
-        lr=budget.muon_learning_rate,
+        lr=share * budget.muon_learning_rate,
         momentum=MUON_MOMENTUM,
         weight_decay=0.0,
         adjust_lr_fn="original",
@@ -160,7 +107,7 @@ def build_optimizers(model: nn.Module, budget: Budget) -> list[torch.optim.Optim
 
 
 def rate_factor(step: int, budget: Budget) -> float:
-    """What the learning rate is multiplied by in a step: linear warm-up, flat, a linear tail that ends above 0."""
+    """What the learning rate is multiplied by in one of `steps`: linear warm-up, flat, a linear tail to above 0."""
     tail = max(1.0, budget.tail_share * budget.steps)
     return min((step + 1) / max(1, budget.warmup), 1.0, (budget.steps - step) / tail)
 
@@ -168,56 +115,143 @@ def rate_factor(step: int, budget: Budget) -> float:
 # Training and evaluation
 
 
-def train(variant: Variant, seed: int, budget: Budget, device: str) -> Curve:
-    """Train a variant from scratch.
+@dataclass
+class Training:
+    """A run under way.
 
     Args:
-        variant: What is trained.
-        seed: Of initialisation and data.
-        budget: Steps, videos and evaluations.
-        device: `"cpu"` or `"cuda"`.
+        run: What is run.
+        model: Its model, on its device.
+        tokenizer: Of the toy model.
+        folder: Of the finished runs, where bases and teachers are.
+    """
+
+    run: Run
+    model: ElvaForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+    @classmethod
+    def start(cls, run: Run, folder: Path) -> Training:
+        """Build the model, with the weights of its base if it has one."""
+        tokenizer = build_toy_tokenizer()
+        model = build_model(run.variant, run.seed, tokenizer)
+        if run.base is not None:
+            load_base(model, run.base, folder)
+        # eager is the faster one on CPU: rows are short, and a mask of all by all takes half the time of a row's
+        # questions one after another
+        model.set_attn_implementation("eager" if run.device == "cpu" else "sdpa")
+        if run.variant.guidance is not None:
+            GuidanceHook().attach(model)
+        return cls(run, model.to(run.device).train(), tokenizer, folder)
+
+    def ask(self, scenes: Sequence[Any]) -> list[Asked]:
+        """Render scenes and ask about them."""
+        world, number = WORLDS[self.run.budget.world], self.run.budget.questions
+        patch_size = self.model.config.patch_size
+        return [world.ask(scene, number, self.tokenizer, patch_size, self.run.variant) for scene in scenes]
+
+    def held_out(self, split: str, number: int) -> list[Asked]:
+        """Rows of an evaluation."""
+        return self.ask(WORLDS[self.run.budget.world].held_out(self.run.budget, split, number, self.run.variant))
+
+    def batch(self, step: int) -> dict[str, Tensor]:
+        """What a step learns from."""
+        run = self.run
+        rows = self.ask(WORLDS[run.budget.world].draw(run.budget, run.seed, step, run.variant))
+        batch = make_batch(rows, self.tokenizer.pad_token_id, run.device)
+        if run.variant.guidance is not None:
+            towers = teachers_folder(self.folder)
+            batch |= see(rows, run.variant.teacher, self.model.config.patch_size, towers, run.device)
+        return batch
+
+    def score(self, rows: Sequence[Asked]) -> Score:
+        """See `evaluate`."""
+        return evaluate(self.model, rows, self.tokenizer.pad_token_id, self.run.variant, self.run.device)
+
+
+def train(run: Run, folder: Path) -> Curve:
+    """Train a variant, from scratch or from its base, which is trained if its weights are not there.
+
+    Args:
+        run: What is trained.
+        folder: Of the finished runs; weights that other runs begin with are kept in it.
 
     Raises:
         FloatingPointError: The loss is no longer finite.
+        ValueError: Base and variant differ in their parameters.
     """
-    tokenizer = build_toy_tokenizer()
-    model = build_model(variant, seed, tokenizer).to(device).train()
-    model.set_attn_implementation("eager" if device == "cpu" else "sdpa")  # eager is the faster one there
-    if variant.guidance is not None:
-        GuidanceHook().attach(model)
-    optimizers = build_optimizers(model, budget)
-    patch_size, pad = model.config.patch_size, tokenizer.pad_token_id
-
-    def prepare(scenes: Sequence[Scene]) -> list[Asked]:
-        return [ask(scene, budget.questions, tokenizer, patch_size) for scene in scenes]
-
-    held_out = prepare(draw_held_out(budget, "validation", budget.validation_scenes))
+    training, budget = Training.start(run, folder), run.budget
+    total = count_steps(run.variant, budget)
+    tuned = run.variant.base is not None
+    rates = replace(budget, steps=total, warmup=min(budget.warmup, total // 4))
+    optimizers = build_optimizers(training.model, budget, budget.tuning_rate if tuned else 1.0)
+    validation = training.held_out("validation", budget.validation_scenes)
+    test = training.held_out("test", budget.test_scenes)
     steps, tokens, scores, seen = [], [], [], 0
-    for step in range(budget.steps):
-        batch, segments = make_batch(prepare(draw_step(budget, seed, step)), pad, device)
-        seen += int((segments != PADDING).sum())
-        _update(model, batch, optimizers, rate_factor(step, budget))
-        if (step + 1) % budget.evaluate_every == 0 or step + 1 == budget.steps:
+    untuned = None
+    if tuned:
+        steps, tokens, scores, untuned = [0], [0], [training.score(validation)], training.score(test)
+    for step in range(total):
+        seen += update(training.model, training.batch(step), optimizers, rate_factor(step, rates), run.variant)
+        if (step + 1) % budget.evaluate_every == 0 or step + 1 == total:
             steps.append(step + 1)
             tokens.append(seen)
-            scores.append(evaluate(model, held_out, pad, device))
-    test = prepare(draw_held_out(budget, "test", budget.test_scenes))
+            scores.append(training.score(validation))
+    if run.keeps_weights:
+        save_weights(training.model, weights_path(folder, run))
+    last = training.score(test) if total else untuned
     return Curve(
         steps=tuple(steps),
         tokens=tuple(tokens),
-        accuracy={column: tuple(score[column] for score in scores) for column in scores[0]},
-        test=evaluate(model, test, pad, device),
-        parameters=count_parameters(model),
+        accuracy={column: tuple(score.shares[column] for score in scores) for column in scores[0].shares},
+        test=last.shares,
+        parameters=count_parameters(training.model),
+        visual_share=last.visual_share,
+        test_untuned=untuned.shares if tuned else {},
+        swapped=training.score(swap_videos(test)).shares,
     )
 
 
-def _update(
-    model: nn.Module, batch: dict[str, Tensor], optimizers: Sequence[torch.optim.Optimizer], factor: float
-) -> None:
-    guided = model.config.guidance is not None
-    inputs = batch if guided else _without_teacher(batch)
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Write the weights of a model, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file({name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}, partial)
+    os.replace(partial, path)
+
+
+def load_base(model: ElvaForCausalLM, base: Run, folder: Path) -> None:
+    """Give a model the weights that its base ended with, but not the base's task heads.
+
+    Raises:
+        ValueError: The parameters of the two differ.
+    """
+    from safetensors.torch import load_file
+
+    path = weights_path(folder, base)
+    if not path.exists():
+        train(replace(base, keeps_weights=True), folder)
+    own = model.state_dict()
+    weights = {name: weight for name, weight in load_file(path).items() if not name.startswith("guidance.")}
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    if shapes != {name: weight.shape for name, weight in own.items() if not name.startswith("guidance.")}:
+        raise ValueError(f"{path}: parameters differ from those of the variant that begins with it; use its fields.")
+    model.load_state_dict(own | weights)
+
+
+def update(
+    model: ElvaForCausalLM,
+    batch: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    factor: float,
+    variant: Variant,
+) -> int:
+    """Learn from a batch once; returns the real tokens that entered the decoder."""
     with _autocast(batch):
-        loss = model(**inputs, use_cache=False).loss
+        loss, tokens = take_loss(model, batch, variant)
     if not torch.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss.item()}; lower the budget's learning rates.")
     loss.backward()
@@ -225,6 +259,18 @@ def _update(
     for optimizer in optimizers:
         _step(optimizer, factor)
     model.zero_grad()
+    return tokens
+
+
+def take_loss(model: ElvaForCausalLM, batch: dict[str, Tensor], variant: Variant) -> tuple[Tensor, int]:
+    """Loss of a batch, Eq. 4 or L_Gen of what a reduction leaves, and its real tokens."""
+    if variant.reduction is None:
+        segments = batch["segment_ids"]
+        inputs = {name: value for name, value in batch.items() if name != "segment_ids"}
+        outputs = model(**inputs, attention_mask=shared_prefix_mask(segments), use_cache=False)
+        return outputs.loss, int((segments >= 0).sum())
+    reading = read(model, batch, variant.reduction)
+    return generative_loss(model.lm_head(reading.hidden), reading.labels), reading.tokens
 
 
 def _step(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -234,61 +280,55 @@ def _step(optimizer: torch.optim.Optimizer, factor: float) -> None:
     optimizer.step()
 
 
-def _without_teacher(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in batch.items() if not name.startswith("teacher_")}
-
-
 def _autocast(batch: dict[str, Tensor]) -> torch.autocast:
     return torch.autocast(batch["input_ids"].device.type, torch.bfloat16)
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, rows: Sequence[Asked], pad_token_id: int, device: str, batch_size: int = 25
-) -> dict[str, float]:
-    """Share of answers that are right in every token, given the tokens before it.
-
-    Returns:
-        Per task, and per task and number of objects as `"where/2"`.
-    """
-    model.eval()
-    right: dict[str, list[bool]] = {}
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        batch, segments = make_batch(part, pad_token_id, device)
-        labels = batch.pop("labels")
-        with _autocast(batch):
-            guesses = model(**_without_teacher(batch), use_cache=False).logits.argmax(-1)
-        for row, good in zip(part, grade(guesses, labels, segments), strict=True):
-            for task, is_right in zip(row.columns, good, strict=True):
-                right.setdefault(task, []).append(is_right)
-                right.setdefault(f"{task}/{row.num_objects}", []).append(is_right)
-    model.train()
-    return {column: float(np.mean(right[column])) for column in sorted(right)}
-
-
-def grade(guesses: Tensor, labels: Tensor, segments: Tensor) -> list[list[bool]]:
-    """Whether each answer of packed rows is right.
+@dataclass(frozen=True)
+class Score:
+    """What a model answers.
 
     Args:
-        guesses: `(B, N)` the most likely next token at each place.
-        labels: `(B, N)` ids of the answers, -100 elsewhere.
-        segments: `(B, N)` 0 for the video, 1, 2, ... for the questions, -1 for padding.
+        shares: Share of right answers per column: per task, per task and number of objects as `"where/2"`, and per
+            field of an answer.
+        visual_share: Share of the patches that is left, mean over the layers and videos.
     """
-    wrong = (guesses[:, :-1] != labels[:, 1:]) & (labels[:, 1:] != IGNORED)
-    return [
-        [not bool(bad[own == number].any()) for number in range(1, int(own.max()) + 1)]
-        for bad, own in zip(wrong.cpu(), segments[:, 1:].cpu(), strict=True)
-    ]
+
+    shares: dict[str, float]
+    visual_share: float
 
 
-def blind_shares(budget: Budget, fitted: int = 20_000, scored: int = 4_000) -> dict[str, float]:
-    """What the best answerer that never looks reaches per column, on test scenes drawn as those of an evaluation."""
-    frames, share = max(budget.frames), budget.single_share
-    known = [draw_scene(seed, frames, "train", share) for seed in range(fitted)]
-    scenes = [draw_scene(seed, frames, "test", share) for seed in range(scored)]
-    shares = blind_optimum(known, scenes)
-    for count in sorted({len(scene.objects) for scene in scenes}):
-        some = [scene for scene in scenes if len(scene.objects) == count]
-        shares |= {f"{task}/{count}": value for task, value in blind_optimum(known, some).items()}
-    return shares
+@torch.no_grad()
+def evaluate(
+    model: ElvaForCausalLM,
+    rows: Sequence[Asked],
+    pad_token_id: int,
+    variant: Variant,
+    device: str,
+    batch_size: int = 25,
+) -> Score:
+    """Answers that are right in every token, given the tokens before it."""
+    model.eval()
+    right: dict[str, list[bool]] = {}
+    share = 0.0
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        batch = make_batch(part, pad_token_id, device)
+        with _autocast(batch):
+            guesses, labels, segments, left = _guess(model, batch, variant)
+        share += left * len(part)
+        for column, is_right in count_right(part, guesses, labels, segments):
+            right.setdefault(column, []).append(is_right)
+    model.train()
+    return Score({column: float(np.mean(right[column])) for column in sorted(right)}, share / len(rows))
+
+
+def _guess(model: ElvaForCausalLM, batch: dict[str, Tensor], variant: Variant) -> tuple[Tensor, Tensor, Tensor, float]:
+    if variant.reduction is not None:
+        reading = read(model, batch, variant.reduction)
+        guesses = model.lm_head(reading.hidden).argmax(-1)
+        return guesses, reading.labels, reading.segments, reading.visual_share
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "segment_ids")}
+    mask = shared_prefix_mask(batch["segment_ids"])
+    guesses = model(**inputs, attention_mask=mask, use_cache=False).logits.argmax(-1)
+    return guesses, batch["labels"], batch["segment_ids"], 1.0
