@@ -148,7 +148,8 @@ def _claim_section(quote: Quote, result: Result | None, link: str) -> str:
 
 
 def _quotation(quote: Quote) -> str:
-    said = f"{quote.source} (quoted): " + " [...] ".join(f'"{words}"' for words in quote.words) + "."
+    words = " [...] ".join(f'"{part}"' for part in quote.words)
+    said = f"{quote.source} (quoted): {words}." if words else f"{quote.source}."
     table = [markdown_table(quote.header, quote.rows)] if quote.rows else []
     return "\n\n".join([said, *table, *([quote.remark] if quote.remark else [])])
 

@@ -28,6 +28,7 @@ import torch
 from measuring import RESULTS, provenance
 
 from claims import (
+    captioning,
     guidance,
     hurting,
     hybrid,
@@ -45,7 +46,7 @@ from claims.runs import finish_runs, plan_runs
 from claims.trainer import train
 from claims.worlds import WORLDS
 
-MODULES = (guidance, merging, hurting, patch_embedding, stages, hybrid, teacher_kind)
+MODULES = (guidance, merging, hurting, captioning, patch_embedding, stages, hybrid, teacher_kind)
 CLAIMS = {module.CLAIM.name: module.CLAIM for module in MODULES}
 GRID = needle_grid.NAME
 BLIND_SCENES = (20_000, 4_000)

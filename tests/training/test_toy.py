@@ -50,7 +50,7 @@ def test_a_recipe_trains_saves_and_loads_without_its_head(tmp_path):
 
 def test_a_stage_that_merges_trains_and_its_model_keeps_the_schedule(tmp_path):
     steps = [{"layer": 1, "similarity_threshold": 0.6}, {"layer": 3, "target_ratio": 0.5}]
-    changes = {"merge_schedule": steps, "questions_per_video": 1, "tube_alignment_weight": 0.0, "max_steps": 3}
+    changes = {"merge_schedule": steps, "tube_alignment_weight": 0.0, "max_steps": 3}
     toy.main(["--recipe", write(tmp_path, **changes), "--out", str(tmp_path / "out")])
     model = ElvaForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert model.config.merge_schedule == steps
@@ -60,8 +60,8 @@ def test_a_stage_that_merges_trains_and_its_model_keeps_the_schedule(tmp_path):
 def test_the_shipped_recipe_is_valid():
     recipe, stages = toy.read_recipe("tiny")
     assert recipe["preset"] == "tiny"
-    assert [stage.num_frames for stage in stages] == [1, 8, 8, 8]
-    assert [stage.merge_schedule is not None for stage in stages] == [False, False, False, True]
+    assert [stage.num_frames for stage in stages] == [1, 1, 8, 8, 8]
+    assert [stage.merge_schedule is not None for stage in stages] == [False, False, False, False, True]
 
 
 @pytest.mark.parametrize(
@@ -107,3 +107,44 @@ def test_questions_are_drawn_by_task_without_repetition():
     assert sorted(map(str, drawn)) == sorted(map(str, asked))
     first = [toy.draw_questions(asked, 1, random.Random(i), {"needle": 1e9})[0].task for i in range(20)]
     assert set(first) == {"needle"}
+
+
+def test_rows_of_many_questions_merge_as_rows_of_one_do():
+    """What a question is answered does not depend on the others of its row, merging or not."""
+    data = dataset(num_frames=8)
+    model = toy.build_model({"preset": "tiny"}, data.tokenizer).eval()
+    model.set_merge_schedule([{"layer": 1, "similarity_threshold": 0.3}, {"layer": 2, "target_ratio": 0.5}])
+    item = data[0]
+    assert len(item["row"].turns) == 3
+    alone = [{**item, "row": toy.PackedRow(item["row"].prefix, [turn])} for turn in item["row"].turns]
+    with torch.no_grad():
+        together = model(**without_labels(toy.collate([item], 0, merges=True))).logits[0]
+        start = len(item["row"].prefix)
+        for row in alone:
+            logits = model(**without_labels(toy.collate([row], 0, merges=True))).logits[0]
+            length = logits.shape[0] - len(item["row"].prefix)
+            torch.testing.assert_close(together[start : start + length], logits[-length:], atol=2e-4, rtol=1e-3)
+            start += length
+
+
+def without_labels(batch):
+    return {name: value for name, value in batch.items() if name not in ("labels", "teacher_features")}
+
+
+@pytest.mark.parametrize("weights", [{"tube_alignment_weight": 0.0}, {"patch_alignment_weight": 1.0}])
+def test_a_stage_asks_its_teacher_only_if_it_has_one(weights):
+    batch = toy.collate([dataset(**weights)[0]], 0)
+    assert ("teacher_features" in batch) == ("patch_alignment_weight" in weights)
+
+
+def test_a_recipe_with_muon_a_deeper_decoder_and_a_linear_tail_trains(tmp_path):
+    changes = {"muon_learning_rate": 1e-2, "decay_share": 0.5, "patch_alignment_weight": 1.0, "num_frames": 8}
+    path = write(tmp_path, **changes, max_steps=4)
+    recipe = yaml.safe_load(open(path).read())
+    recipe |= {"teacher": ["looks", "place", "time"], "text_config": {"num_hidden_layers": 5}}
+    recipe["config"] = {"patch_embed_positions": 8, "patch_embed_positions_std": 2.0}
+    open(path, "w").write(yaml.safe_dump(recipe))
+    toy.main(["--recipe", path, "--out", str(tmp_path / "out")])
+    model = ElvaForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert len(model.model.language_model.layers) == model.config.text_config.num_hidden_layers == 5
+    assert model.model.patch_embed.positions.std() > 1.5
