@@ -228,8 +228,8 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
     if stage.merge_schedule is not None:
         model.set_merge_schedule(stage.merge_schedule)
     merges = bool(model.config.resolve_merge_schedule())
-    if not merges and not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # the faster one for short rows with a mask of their own
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # the faster one for short rows
     common = {
         "num_questions": stage.questions_per_video or recipe["questions_per_video"],
         "patch_size": model.config.patch_size,
