@@ -23,6 +23,6 @@ CLAIM = Claim(
     notes=(
         "The first two see the same videos, half of the steps images and half clips, in another order: equal steps and "
         "equal tokens. `video only` sees as many tokens in fewer steps, all of clips. All are asked about clips of 8 "
-        f"frames. Spatial columns: {', '.join(SPATIAL)}; temporal: {', '.join(TEMPORAL)}."
+        f"frames. Spatial columns: {', '.join(SPATIAL)}; temporal: {', '.join(TEMPORAL)}. The paper has AdamW."
     ),
 )
