@@ -28,6 +28,7 @@ CLAIM = Claim(
     notes=(
         "Weights that never merged caption with merging switched on: colour, pattern, shape, place and motion of each "
         "object in order of appearance. A field is right where all its words are, given the words before it, so "
-        "that a wrong field spoils no other; column caption is the whole. Confirmed means that a schedule loses. The paper has AdamW."
+        "that a wrong field spoils no other; column caption is the whole. Confirmed means that a schedule loses."
+        " The paper has AdamW."
     ),
 )

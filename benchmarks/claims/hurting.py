@@ -29,6 +29,7 @@ CLAIM = Claim(
         "Nothing is trained: weights that never merged answer with merging switched on. Easy is two frames a cell, "
         "fast one frame a cell, small 5 px instead of 13, drift changing light and a camera that trembles by 1 px; one "
         "object, the same scenes and questions under each condition. A difference is what the schedule loses: "
-        "confirmed means that it loses something. A third of the training scenes were of these four kinds. The paper has AdamW."
+        "confirmed means that it loses something. A third of the training scenes were of these four kinds."
+        " The paper has AdamW."
     ),
 )

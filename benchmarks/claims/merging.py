@@ -36,8 +36,9 @@ CLAIM = Claim(
         "Every other variant begins with the weights of `unmerged`, which saw images, then clips and never a "
         "reduction; figures before tuning are those of these weights with the reduction switched on; 1/2 alone is "
         "tuned. The paper has AdamW. Shares are of patches, mean over the 4 layers, layer 0 included, which merging "
-        "cannot touch: merging to 1/2 leaves a third from layer 1 on. The paper's 1/4 and 1/8 cannot be had of 4 layers in this count. Merging and pooling keep "
-        "`<FRAME>` and `<LINE>` of every frame, dropping does not. A third of the training scenes are the hard ones of "
-        "the claim on what merging costs, which begins with the same weights."
+        "cannot touch: merging to 1/2 leaves a third from layer 1 on. The paper's 1/4 and 1/8 cannot be had of 4 "
+        "layers in this count. Merging and pooling keep `<FRAME>` and `<LINE>` of every frame, dropping does not. A "
+        "third of the training scenes are the hard ones of the claim on what merging costs, which begins with the "
+        "same weights."
     ),
 )
