@@ -302,15 +302,14 @@ def test_the_page_names_columns_only_where_there_are_several(claims, tmp_path):
 
 
 def test_the_page_names_the_bars_that_the_checkpoint_misses(claims, tmp_path):
-    good = {"task": "color", "num_questions": 500, "array": 0.95, "single": None, "swapped": 0.2, "blind": 0.15}
+    good = {"task": "color", "num_questions": 500, "array": 0.95, "mp4": 0.95, "single": None}
+    good |= {"swapped": 0.2, "blind": 0.15, "single_blind": None}
     scores = [good, {**good, "task": "where", "array": 0.7, "swapped": 0.5}, {**good, "task": "rel", "array": 0.5}]
-    text = render_page(claims, tmp_path, scores=scores)
-    assert "but rel. Missed by where 0.700. Wanted" in text
-    assert "Missed by where 0.500 (blind 0.150)." in text and "says nothing of commit" in text
-    assert "| color | 500 | 0.950 | - | 0.200 | 0.150 |" in text
-    with_source = {**STAMP, "scores": [good]}
-    text = render_page(claims, tmp_path, scores=with_source)
-    assert text.count("Reached by all.") == 2 and "Measured: `python it`, a CPU, commit abc, 2026-01-02." in text
+    text = render_page(claims, tmp_path, scores={**STAMP, "scores": scores})
+    assert "Missed: where (arrays): 0.700 < 0.9; where (video swapped): 0.500 > 0.150 + 0.1." in text
+    assert "| color | 500 | 0.950 | 0.950 | - | 0.200 | 0.150 | - |" in text
+    text = render_page(claims, tmp_path, scores={**STAMP, "scores": [good]})
+    assert "All are reached." in text and "Measured: `python it`, a CPU, commit abc, 2026-01-02." in text
     (tmp_path / "held_out.json").unlink()
     assert "No table file" in render_page(claims, tmp_path)
 

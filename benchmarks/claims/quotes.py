@@ -132,7 +132,7 @@ HURTING = Quote(
     "Where merging hurts",
     "f1",
     f"{ELVA}, section 4.2",
-    (),
+    ("ST-Merge maintains performance and only exhibits a slight degradation beyond a certain compression threshold",),
     remark="The paper does not say on which videos merging costs.",
 )
 CAPTIONING = Quote(

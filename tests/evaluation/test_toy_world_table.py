@@ -1,9 +1,19 @@
+import json
 from dataclasses import replace
 
 import pytest
 
 from elva_hf.data.toy_world import HELD_OUT_LOOKS, TASKS, questions, sample_scene
-from elva_hf.evaluation.toy_world import BARS, HELD_OUT, TaskScore, draw_questions, format_table, missed_bars
+from elva_hf.evaluation.toy_world import (
+    BARS,
+    HELD_OUT,
+    TaskScore,
+    draw_questions,
+    format_table,
+    missed_bars,
+    read_scores,
+    write_scores,
+)
 
 GOOD = TaskScore("color", 500, array=0.97, mp4=0.96, single=0.99, swapped=0.2, blind=0.15, single_blind=0.15)
 
@@ -57,3 +67,10 @@ def test_held_out_rows_ask_of_held_out_looks_only():
         assert [(o.color, o.shape, o.pattern) in HELD_OUT_LOOKS for o in named] == [True]
         assert item.question.answer == getattr(named[0], item.row.removesuffix(HELD_OUT))
     assert not any(item.row.endswith(HELD_OUT) for item in draw_questions(5, single=True, split="test"))
+
+
+def test_scores_are_read_as_they_were_written(tmp_path):
+    scores = [GOOD, replace(GOOD, task="rel", single=None, unmerged=0.5)]
+    write_scores(scores, tmp_path / "scores.json", commit="abc")
+    assert read_scores(tmp_path / "scores.json") == scores
+    assert json.loads((tmp_path / "scores.json").read_text())["commit"] == "abc"

@@ -1,4 +1,5 @@
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,10 +141,10 @@ def test_a_stage_asks_its_teacher_only_if_it_has_one(weights):
 def test_a_recipe_with_muon_a_deeper_decoder_and_a_linear_tail_trains(tmp_path):
     changes = {"muon_learning_rate": 1e-2, "decay_share": 0.5, "patch_alignment_weight": 1.0, "num_frames": 8}
     path = write(tmp_path, **changes, max_steps=4)
-    recipe = yaml.safe_load(open(path).read())
+    recipe = yaml.safe_load(Path(path).read_text())
     recipe |= {"teacher": ["looks", "place", "time"], "text_config": {"num_hidden_layers": 5}}
     recipe["config"] = {"patch_embed_positions": 8, "patch_embed_positions_std": 2.0}
-    open(path, "w").write(yaml.safe_dump(recipe))
+    Path(path).write_text(yaml.safe_dump(recipe))
     toy.main(["--recipe", path, "--out", str(tmp_path / "out")])
     model = ElvaForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert len(model.model.language_model.layers) == model.config.text_config.num_hidden_layers == 5

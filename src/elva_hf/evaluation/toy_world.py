@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,9 @@ BARS = {
 
 KEPT_BY_MERGING = 0.97
 """Share of the accuracy without merging that must be left with it, in each task."""
+
+OVER_BLIND = 0.10
+"""How much better than blind the answers about another scene's video may be."""
 
 HELD_OUT = ", held out"
 HELD_OUT_TASKS = ("color", "shape", "pattern")
@@ -205,6 +209,17 @@ def _blind(single: bool, split: str) -> dict[str, float]:
     return blind_optimum(train, (sample_scene(seed, split=split, single=single) for seed in range(4_000)))
 
 
+def write_scores(scores: Sequence[TaskScore], path: str | Path, **provenance: str) -> None:
+    """Write scores as JSON, with where they come from beside them."""
+    rows = [asdict(score) for score in scores]
+    Path(path).write_text(json.dumps({**provenance, "scores": rows}, indent=2) + "\n")
+
+
+def read_scores(path: str | Path) -> list[TaskScore]:
+    """The scores that `write_scores` wrote."""
+    return [TaskScore(**row) for row in json.loads(Path(path).read_text())["scores"]]
+
+
 def format_table(scores: Sequence[TaskScore]) -> str:
     """The scores as a Markdown table, with the bar of each task."""
     names = [
@@ -227,7 +242,7 @@ def format_table(scores: Sequence[TaskScore]) -> str:
     return "\n".join(lines)
 
 
-def missed_bars(scores: Sequence[TaskScore], margin_over_blind: float = 0.10) -> list[str]:
+def missed_bars(scores: Sequence[TaskScore], margin_over_blind: float = OVER_BLIND) -> list[str]:
     """What falls short: tasks under their bar, answered too well without the right video, or hurt by merging."""
     missed = []
     for score in scores:
