@@ -18,7 +18,7 @@ from claims.protocol import Budget, Variant
 from claims.scenes import Scenes, draw_scene, encode
 from claims.world import Asked
 from elva_hf.data.toy_rows import draw_questions
-from elva_hf.data.toy_world import Question, Scene, SceneObject, _place, questions, render
+from elva_hf.data.toy_world import Question, Scene, SceneObject, place_name, questions, render
 
 QUESTION = "What shapes are there?"
 COLUMN = "caption"
@@ -33,7 +33,7 @@ def name_objects(scene: Scene) -> list[SceneObject]:
 
 def read_fields(thing: SceneObject) -> dict[str, str]:
     """What the clause of an object says, by field."""
-    place = _place(thing.cells[thing.entry])
+    place = place_name(thing.cells[thing.entry])
     return dict(zip(FIELDS, (thing.color, thing.pattern, thing.shape, place, thing.motion), strict=True))
 
 

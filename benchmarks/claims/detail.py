@@ -24,7 +24,16 @@ from claims.world import Asked
 from elva_hf.data.encoding import EncodedSample
 from elva_hf.data.packing import IGNORED, PREFIX
 from elva_hf.data.toy_rows import draw_questions
-from elva_hf.data.toy_world import CELL_SIZE, COLORS, FRAME_SIZE, GRID_SIZE, SPLITS, Question, _digit_indices, _digits
+from elva_hf.data.toy_world import (
+    CELL_SIZE,
+    COLORS,
+    FRAME_SIZE,
+    GRID_SIZE,
+    SPLITS,
+    Question,
+    digit_images,
+    digit_indices,
+)
 from elva_hf.decoding_elva import resize_frame
 from elva_hf.frames_elva import FrameSampling, count_video_tokens, fit_grid
 from elva_hf.training.toy import encode_text, encode_turns, frames_to_patches
@@ -81,7 +90,7 @@ def draw_clip(seed: int, split: str) -> Clip:
     rng = random.Random(f"detail {split} {seed}")
     label = rng.randrange(10)
     cells = rng.sample([(row, column) for row in range(GRID_SIZE) for column in range(GRID_SIZE)], NUM_DIGITS)
-    digits = tuple((rng.choice(_digit_indices(split)[label]), cell) for cell in cells)
+    digits = tuple((rng.choice(digit_indices(split)[label]), cell) for cell in cells)
     count = rng.choice(EVENT_COUNTS)
     slot = NUM_FRAMES // count
     events = tuple(
@@ -138,7 +147,7 @@ def _draw_still(clip: Clip) -> np.ndarray:
     luminance = GREY + noise.integers(-GRAIN, GRAIN + 1, (FRAME_SIZE, FRAME_SIZE))
     y, x = np.mgrid[:CELL_SIZE, :CELL_SIZE]
     for index, (row, column) in clip.digits:
-        ink = _digits()[0][index] / 255.0 * INK
+        ink = digit_images()[0][index] / 255.0 * INK
         top, left = CELL_SIZE * row, CELL_SIZE * column
         area = luminance[top : top + CELL_SIZE, left : left + CELL_SIZE]
         area += np.rint(np.where((y + x) % 2, ink, -ink)).astype(int)

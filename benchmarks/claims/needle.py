@@ -16,7 +16,16 @@ from claims.detail import blind_by_count
 from claims.protocol import Budget, Variant
 from claims.scenes import encode, scene_seeds
 from claims.world import Asked
-from elva_hf.data.toy_world import CELL_SIZE, COLORS, FRAME_SIZE, GRID_SIZE, SPLITS, Question, _digit_indices, _digits
+from elva_hf.data.toy_world import (
+    CELL_SIZE,
+    COLORS,
+    FRAME_SIZE,
+    GRID_SIZE,
+    SPLITS,
+    Question,
+    digit_images,
+    digit_indices,
+)
 
 QUESTION = "What color is the flash?"
 MAX_DIGITS = 4
@@ -69,7 +78,7 @@ def draw_haystack(seed: int, num_frames: int, split: str, depth: float | None = 
         frame = round(depth * (num_frames - 1)) + (shift if depth < 0.5 else -shift)
         frame = min(max(frame, 0), num_frames - 1)
     cells = rng.sample([(row, column) for row in range(GRID_SIZE) for column in range(GRID_SIZE)], MAX_DIGITS)
-    pool = _digit_indices(split)
+    pool = digit_indices(split)
     digits = tuple((rng.choice(rng.choice(pool)), cell) for cell in cells[: rng.randrange(MAX_DIGITS + 1)])
     quadrant = (rng.randrange(2), rng.randrange(2))
     return Haystack(seed, split, num_frames, frame, rng.choice(list(COLORS)), quadrant, digits)
@@ -81,7 +90,7 @@ def render(hay: Haystack) -> np.ndarray:
     still = 20 + noise.integers(0, 7, (FRAME_SIZE, FRAME_SIZE), dtype=np.uint8)
     for index, (row, column) in hay.digits:
         area = (slice(CELL_SIZE * row, CELL_SIZE * (row + 1)), slice(CELL_SIZE * column, CELL_SIZE * (column + 1)))
-        still[area] = np.maximum(still[area], _digits()[0][index])
+        still[area] = np.maximum(still[area], digit_images()[0][index])
     luminance = still + noise.integers(0, 4, (hay.num_frames, FRAME_SIZE, FRAME_SIZE), dtype=np.uint8).clip(
         max=255 - still
     )

@@ -32,7 +32,7 @@ from elva_hf.data.toy_world import (
     GRID_SIZE,
     Scene,
     SceneObject,
-    _place,
+    place_name,
     render,
     sample_scene,
     write_mp4,
@@ -187,14 +187,14 @@ def describe(scene: Scene) -> str:
     last = max(thing.entry for thing in things)
     said = [f"{thing.color} {thing.pattern} {thing.shape} {_tell(scene, thing, last)}" for thing in things]
     if scene.digit is not None:
-        said.append(f"digit {scene.digit.label} {_place(scene.digit.cell)}")
+        said.append(f"digit {scene.digit.label} {place_name(scene.digit.cell)}")
     if scene.flash_frame is not None:
         said.append(f"flash {'early' if 2 * scene.flash_frame < scene.num_frames else 'late'}")
     return ", ".join(said)
 
 
 def _tell(scene: Scene, thing: SceneObject, last_entry: int) -> str:
-    start, end = _place(thing.cells[0]), _place(thing.cells[-1])
+    start, end = place_name(thing.cells[0]), place_name(thing.cells[-1])
     if not scene.has_events:
         return end
     if scene.staggered:

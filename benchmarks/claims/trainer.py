@@ -31,10 +31,10 @@ from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.training.guidance import GuidanceHook
 from elva_hf.training.losses import generative_loss
+from elva_hf.training.muon import MuonWithAdamW
 
 CLIP_NORM = 1.0
 ADAM_BETAS = (0.9, 0.98)
-MUON_MOMENTUM = 0.95
 
 
 # Batches
@@ -76,34 +76,23 @@ def count_parameters(model: nn.Module) -> int:
     return sum(weight.numel() for name, weight in model.named_parameters() if not name.startswith("guidance."))
 
 
-def build_optimizers(model: nn.Module, budget: Budget, share: float = 1.0) -> list[torch.optim.Optimizer]:
+def build_optimizer(model: nn.Module, budget: Budget, share: float = 1.0) -> torch.optim.Optimizer:
     """AdamW, or Muon for the matrices of the decoder's layers and AdamW for the rest; no weight decay.
 
     Args:
-        model: What they step.
+        model: What it steps.
         budget: Names the optimiser and the rates.
         share: Of the rates.
 
     Raises:
         ValueError: The budget names another optimiser.
     """
-    if budget.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"optimizer={budget.optimizer!r}: expected 'adamw' or 'muon'.")
-    matrices, rest = [], []
-    for name, weight in model.named_parameters():
-        in_layer = budget.optimizer == "muon" and weight.ndim == 2 and ".layers." in name
-        (matrices if in_layer else rest).append(weight)
-    adam = torch.optim.AdamW(rest, lr=share * budget.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
-    if not matrices:
-        return [adam]
-    muon = torch.optim.Muon(
-        matrices,
-        lr=share * budget.muon_learning_rate,
-        momentum=MUON_MOMENTUM,
-        weight_decay=0.0,
-        adjust_lr_fn="original",
-    )
-    return [muon, adam]
+    rate = share * budget.learning_rate
+    if budget.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=rate, betas=ADAM_BETAS, weight_decay=0.0)
+    if budget.optimizer == "muon":
+        return MuonWithAdamW(model, rate, share * budget.muon_learning_rate, betas=ADAM_BETAS)
+    raise ValueError(f"optimizer={budget.optimizer!r}: expected 'adamw' or 'muon'.")
 
 
 def rate_factor(step: int, budget: Budget) -> float:
@@ -185,7 +174,7 @@ def train(run: Run, folder: Path) -> Curve:
     total = count_steps(run.variant, budget)
     tuned = run.variant.base is not None
     rates = replace(budget, steps=total, warmup=min(budget.warmup, total // 4))
-    optimizers = build_optimizers(training.model, budget, budget.tuning_rate if tuned else 1.0)
+    optimizer = build_optimizer(training.model, budget, budget.tuning_rate if tuned else 1.0)
     validation = training.held_out("validation", budget.validation_scenes)
     test = training.held_out("test", budget.test_scenes)
     steps, tokens, scores, seen = [], [], [], 0
@@ -193,7 +182,7 @@ def train(run: Run, folder: Path) -> Curve:
     if tuned:
         steps, tokens, scores, untuned = [0], [0], [training.score(validation)], training.score(test)
     for step in range(total):
-        seen += update(training.model, training.batch(step), optimizers, rate_factor(step, rates), run.variant)
+        seen += update(training.model, training.batch(step), optimizer, rate_factor(step, rates), run.variant)
         if (step + 1) % budget.evaluate_every == 0 or step + 1 == total:
             steps.append(step + 1)
             tokens.append(seen)
@@ -245,7 +234,7 @@ def load_base(model: ElvaForCausalLM, base: Run, folder: Path) -> None:
 def update(
     model: ElvaForCausalLM,
     batch: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer,
     factor: float,
     variant: Variant,
 ) -> int:
@@ -256,8 +245,7 @@ def update(
         raise FloatingPointError(f"the loss is {loss.item()}; lower the budget's learning rates.")
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-    for optimizer in optimizers:
-        _step(optimizer, factor)
+    _step(optimizer, factor)
     model.zero_grad()
     return tokens
 

@@ -114,7 +114,7 @@ def test_shapes_patterns_and_digits_are_answered_as_drawn(scenes):
                 thing = by_name.get(words[0])
                 assert question.answer == (getattr(thing, question.task) if thing else "none")
             if question.task == "digit":
-                label = scene.digit and toy_world._digits()[1][scene.digit.image_index]
+                label = scene.digit and toy_world.digit_images()[1][scene.digit.image_index]
                 assert question.answer == ("none" if scene.digit is None else str(label))
 
 
@@ -166,7 +166,7 @@ def test_splits_share_no_scene_and_no_held_out_digit():
     for i, one in enumerate(SPLITS):
         for other in SPLITS[i + 1 :]:
             assert not looks[one] & looks[other]
-    images = {split: set(sum(toy_world._digit_indices(split), ())) for split in SPLITS}
+    images = {split: set(sum(toy_world.digit_indices(split), ())) for split in SPLITS}
     assert images["test"] == images["demo"]
     assert not images["train"] & images["test"]
     assert not images["train"] & images["validation"]
@@ -253,4 +253,4 @@ def test_impossible_scenes_are_refused_with_a_reason(arguments):
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ElvaError, match=r"elva-hf\[train\]"):
-        toy_world._digits.__wrapped__()
+        toy_world.digit_images.__wrapped__()

@@ -255,7 +255,7 @@ def _pick_digit(rng: random.Random, split: str, free: set[tuple[int, int]]) -> S
     if rng.random() >= _DIGIT_SHARE:
         return None
     label = int(rng.random() * 10)
-    image_index = _pick(rng, _digit_indices(split)[label])
+    image_index = _pick(rng, digit_indices(split)[label])
     jitter = (int(rng.random() * 3) - 1, int(rng.random() * 3) - 1)
     return SceneDigit(label, image_index, _pick(rng, sorted(free)), jitter)
 
@@ -272,7 +272,7 @@ def _pick_flash(rng: random.Random, num_frames: int) -> int | None:
 
 
 @lru_cache(maxsize=1)
-def _digits() -> tuple[np.ndarray, np.ndarray]:
+def digit_images() -> tuple[np.ndarray, np.ndarray]:
     """The `(1797, 16, 16)` uint8 digit images, each pixel doubled, and their `(1797,)` labels."""
     try:
         from sklearn.datasets import load_digits
@@ -287,9 +287,9 @@ def _digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=len(SPLITS))
-def _digit_indices(split: str) -> tuple[tuple[int, ...], ...]:
+def digit_indices(split: str) -> tuple[tuple[int, ...], ...]:
     """Indices of a split's digit images by label: of every twelve images one validates and two test."""
-    labels = _digits()[1]
+    labels = digit_images()[1]
     residues = {"validation": {3}, "test": {0, 6}, "demo": {0, 6}}.get(split, set(range(12)) - {0, 3, 6})
     kept = [index for index in range(len(labels)) if index % 12 in residues]
     return tuple(tuple(index for index in kept if labels[index] == label) for label in range(10))
@@ -333,7 +333,7 @@ def render(scene: Scene, colors: Mapping[str, tuple[int, int, int]] = COLORS) ->
 
 
 def _draw_digit(frames: np.ndarray, digit: SceneDigit) -> None:
-    image = _digits()[0][digit.image_index]
+    image = digit_images()[0][digit.image_index]
     top, left = (CELL_SIZE * place + offset for place, offset in zip(digit.cell, digit.jitter, strict=True))
     rows, columns = (slice(max(start, 0), min(start + CELL_SIZE, FRAME_SIZE)) for start in (top, left))
     image = image[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left, None]
@@ -391,7 +391,8 @@ def _ask_looks(rng: random.Random, scene: Scene) -> Iterable[Question]:
         yield Question("shape", f"What shape is {color}?", NONE)
 
 
-def _place(cell: tuple[int, int]) -> str:
+def place_name(cell: tuple[int, int]) -> str:
+    """The quarter of the screen that a cell (row, column) lies in."""
     return PLACES[2 * (cell[0] >= GRID_SIZE // 2) + (cell[1] >= GRID_SIZE // 2)]
 
 
@@ -401,7 +402,7 @@ def _ask_places(rng: random.Random, scene: Scene) -> Iterable[Question]:
         if scene.has_events:
             endings += [(" at the end", -1)] + [(" at the start", 0)] * (thing.entry == 0)
         ending, frame = _pick(rng, endings)
-        yield Question("where", f"Where is {_name(rng, thing)}{ending}?", _place(thing.cells[frame]))
+        yield Question("where", f"Where is {_name(rng, thing)}{ending}?", place_name(thing.cells[frame]))
 
 
 def _ask_flash(rng: random.Random, scene: Scene) -> Iterable[Question]:
