@@ -219,7 +219,8 @@ def test_reductions_are_plotted_over_what_they_keep(claims, result, reduced, mon
     points = {line.name: line.points for line in kinds}
     assert points.keys() == {"no reduction", "merge", "pool", "drop", "blind"}
     np.testing.assert_allclose(points["pool"], [[(0.5, 0.42)], [(0.5, 0.72)]])
-    np.testing.assert_allclose(points["no reduction"], [[(1, 0.92)], [(1, 0.92)]])
+    assert points["no reduction"][1] == []  # nothing of it was tuned
+    np.testing.assert_allclose(points["no reduction"][0], [(1, 0.92)])
 
 
 def test_conditions_have_a_panel_each(claims, reduced, monkeypatch):

@@ -230,7 +230,8 @@ def _draw_shares(result: Result) -> Image.Image:
         kind = (row["made"].get("reduction") or {"kind": "no reduction"})["kind"]
         before, after = points.setdefault(kind, [[], []])
         before.append((row["visual_share"], mean_of_columns(row["untuned"] or row["final"])))
-        after.append((row["visual_share"], mean_of_columns(row["final"])))
+        if row["untuned"] and row["steps"]:
+            after.append((row["visual_share"], mean_of_columns(row["final"])))
     blind = float(np.mean(list(result["blind"].values())))
     series = [Series(kind, panels) for kind, panels in points.items()]
     series.append(Series("blind", [[(0, blind), (1, blind)]] * 2))
