@@ -18,6 +18,7 @@ from elva_hf.geometry_elva import read_geometry
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = elva_hf.tiny_checkpoint()
+NUM_LAYERS = elva_hf.ElvaConfig.from_pretrained(TINY).text_config.num_hidden_layers
 SCHEDULES = ("none", "paper", "table5")
 
 
@@ -128,7 +129,7 @@ def test_what_is_pooled_is_what_the_decoder_is_given(toy, model, batches):
 
 def test_pooling_nothing_changes_no_answer(toy, model, batches, base):
     score = toy.run(model, batches, toy.Setting("all frames", "pool", toy.Pooling(8)))
-    assert score.tokens == base.tokens == [168.0] * 4
+    assert score.tokens == base.tokens == [168.0] * NUM_LAYERS
     assert all((score.right[name] == base.right[name]).all() for name in base.right)
 
 
@@ -150,9 +151,10 @@ def test_tokens_are_those_that_enter_each_layer(toy, model, batches):
     def tokens(how):
         return toy.run(model, batches[:1], toy.Setting("", "", how)).tokens
 
-    assert tokens(toy.ratio_steps((1, 0.5), (3, 0.25))) == [168, 104, 104, 40 + 16]
-    assert tokens(toy.Pooling(4)) == [104] * 4
-    assert tokens(toy.ratio_steps((2, 0.25), max_run=2)) == [168, 168, 104, 104]
+    rest = NUM_LAYERS - 4
+    assert tokens(toy.ratio_steps((1, 0.5), (3, 0.25))) == [168, 104, 104, *[40 + 16] * (1 + rest)]
+    assert tokens(toy.Pooling(4)) == [104] * NUM_LAYERS
+    assert tokens(toy.ratio_steps((2, 0.25), max_run=2)) == [168, 168, *[104] * (2 + rest)]
 
 
 def row_of(toy, family, tokens, base=None, **right):
@@ -213,7 +215,8 @@ def test_the_script_writes_tables_and_a_plot_that_agree(toy, tmp_path):
     assert result["figure"][0]["setting"] == "none" and len(result["figure"]) == 7
     for row in result["figure"] + result["options"]:
         assert np.mean(list(row["accuracy"].values())) == pytest.approx(row["mean_accuracy"], abs=1e-4)
-        assert f"| {row['setting']} | {np.mean(row['visual_tokens_per_layer']):.1f} | " in text
+        assert np.mean(row["visual_tokens_per_layer"]) == pytest.approx(row["mean_tokens"], abs=0.02)
+        assert f"| {row['setting']} | {row['mean_tokens']:.1f} | " in text
     assert Image.open(tmp_path / "figure3-toy.png").size > (800, 400)
 
 

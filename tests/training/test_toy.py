@@ -61,8 +61,8 @@ def test_a_stage_that_merges_trains_and_its_model_keeps_the_schedule(tmp_path):
 def test_the_shipped_recipe_is_valid():
     recipe, stages = toy.read_recipe("tiny")
     assert recipe["preset"] == "tiny"
-    assert [stage.num_frames for stage in stages] == [1, 1, 8, 8, 8, 8]
-    assert [stage.merge_schedule is not None for stage in stages] == [False] * 5 + [True]
+    assert [stage.num_frames for stage in stages] == [1, 1, 8, 8, 8, 8, 8]
+    assert [stage.merge_schedule is not None for stage in stages] == [False] * 5 + [True, False]
 
 
 @pytest.mark.parametrize(
