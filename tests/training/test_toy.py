@@ -62,7 +62,7 @@ def test_the_shipped_recipe_is_valid():
     recipe, stages = toy.read_recipe("tiny")
     assert recipe["preset"] == "tiny"
     assert [stage.num_frames for stage in stages] == [1, 1, 8, 8, 8, 8, 8]
-    assert [stage.merge_schedule is not None for stage in stages] == [False] * 5 + [True, False]
+    assert [stage.merge_schedule is not None for stage in stages] == [False] * 5 + [True] * 2
 
 
 @pytest.mark.parametrize(
@@ -149,3 +149,18 @@ def test_a_recipe_with_muon_a_deeper_decoder_and_a_linear_tail_trains(tmp_path):
     model = ElvaForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert len(model.model.language_model.layers) == model.config.text_config.num_hidden_layers == 5
     assert model.model.patch_embed.positions.std() > 1.5
+
+
+def test_weights_to_start_from_bring_their_merge_schedule(tmp_path):
+    steps = [{"layer": 1, "target_ratio": 0.5}]
+    toy.main(["--recipe", write(tmp_path, merge_schedule=steps, max_steps=1), "--out", str(tmp_path / "one")])
+    again = [
+        "--recipe",
+        write(tmp_path, max_steps=1),
+        "--weights",
+        str(tmp_path / "one" / "model"),
+        "--start-at",
+        "smoke",
+    ]
+    toy.main([*again, "--out", str(tmp_path / "two")])
+    assert ElvaForCausalLM.from_pretrained(tmp_path / "two" / "model").config.merge_schedule == steps

@@ -357,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.weights is not None:
         saved = ElvaForCausalLM.from_pretrained(options.weights)
         model.load_state_dict(saved.state_dict(), strict=False)  # all but the task head
+        model.set_merge_schedule(saved.config.merge_schedule)
     for stage in stages_from(stages, options.start_at):
         run_stage(model, stage, recipe, tokenizer, options.out)
     save(model, options.out / "model")
