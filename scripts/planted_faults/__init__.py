@@ -9,5 +9,6 @@ from .orders import ORDERS
 from .recipes import RECIPES
 from .running import RUNNING
 from .teaching import TEACHING
+from .toy import TOY
 
-FAULTS: tuple[Fault, ...] = (*MERGING, *DECODING, *LOSS_TERMS, *TEACHING, *RUNNING, *RECIPES, *DATA, *ORDERS)
+FAULTS: tuple[Fault, ...] = (*MERGING, *DECODING, *LOSS_TERMS, *TEACHING, *RUNNING, *RECIPES, *DATA, *ORDERS, *TOY)

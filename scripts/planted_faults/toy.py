@@ -1,0 +1,83 @@
+"""Faults of the procedural world's training: its teacher, its optimiser, its held-out looks and its stages."""
+
+from .fault import Fault
+
+TEACHER = "tests/data/test_toy_teacher.py"
+ROWS = "tests/data/test_toy_rows.py"
+MUON = "tests/training/test_muon.py"
+LOSSES = "tests/training/test_losses.py"
+STAGES = "tests/training/test_toy.py"
+TABLE = "tests/evaluation/test_toy_world_table.py"
+
+TOY = (
+    Fault(
+        "training shows the looks that are held out",
+        "data/toy_world.py",
+        'if split == "train" and (color',
+        'if split == "demo" and (color',
+        (ROWS, "-k", "every_other_look"),
+    ),
+    Fault(
+        "rows and columns of a patch change places in the teacher",
+        "data/toy_teacher.py",
+        "np.concatenate([rows, columns], -1)",
+        "np.concatenate([columns, rows], -1)",
+        (TEACHER, "-k", "place_says"),
+    ),
+    Fault(
+        "what has moved is counted backwards",
+        "data/toy_teacher.py",
+        "(row - y) / 2, (column - x) / 2",
+        "(y - row) / 2, (column - x) / 2",
+        (TEACHER, "-k", "time_tells"),
+    ),
+    Fault(
+        "a flash counts as busy",
+        "data/toy_teacher.py",
+        " & ~flash[:, None, None]",
+        " | flash[:, None, None]",
+        (TEACHER, "-k", "busy_patches"),
+    ),
+    Fault(
+        "embeddings go to Muon",
+        "training/muon.py",
+        'weight.ndim == 2 and ".layers." in name',
+        "weight.ndim == 2",
+        (MUON, "-k", "go_to_muon"),
+    ),
+    Fault(
+        "a scheduler is not heard",
+        "training/muon.py",
+        "[group for part in self.parts for group in part.param_groups], {})",
+        "[dict(group) for part in self.parts for group in part.param_groups], {})",
+        (MUON, "-k", "scheduler"),
+    ),
+    Fault(
+        "patch alignment does not weigh",
+        "training/losses.py",
+        "return (errors * weights).sum() / weights.sum()",
+        "return errors.mean() + 0 * weights.sum()",
+        (LOSSES, "-k", "weighted_error"),
+    ),
+    Fault(
+        "weights to start from lose their schedule",
+        "training/toy.py",
+        "        model.set_merge_schedule(saved.config.merge_schedule)\n",
+        "",
+        (STAGES, "-k", "bring_their_merge"),
+    ),
+    Fault(
+        "questions of a row see each other while merging",
+        "data/collator.py",
+        '"segment_ids": segments}',
+        '"segment_ids": segments.clamp(max=1)}',
+        (STAGES, "-k", "many_questions_merge"),
+    ),
+    Fault(
+        "nobody is told what merging costs",
+        "evaluation/toy_world.py",
+        "score.array < KEPT_BY_MERGING * score.unmerged",
+        "score.array < KEPT_BY_MERGING * score.unmerged - 1",
+        (TABLE, "-k", "97_hundredths"),
+    ),
+)
