@@ -46,10 +46,10 @@ LIMITS = (
 )
 TRAINING = (
     "`make tiny`: recipe `training/recipes/tiny.yaml`, seed 0, HF `Trainer`, bf16 autocast, Muon for the matrices "
-    "of the layers and AdamW for the rest. Stages 1 and 2 show images, 3 and 4 eight-frame clips, three in ten of "
+    "of the layers and AdamW for the rest. Stages 1 and 2 show images, 3 to 7 eight-frame clips, some of "
     "them through H.264. Loss: L_Gen, and an alignment to a hand-made, label-free teacher of 45 numbers a patch "
     "(looks, place, what moved): L_MSE (Eq. 2) for images; for clips the same error frame by frame, because a "
-    "mean over frames hides motion. It favours these questions by construction. Stage 5 trains with merging on "
+    "mean over frames hides motion. It favours these questions by construction. Stages 6 and 7 train with merging on "
     "and L_Gen alone. Digits are scikit-learn's; the test split holds out their images, and 30 of the 120 "
     "combinations of colour, shape and pattern. Weights are stored in bfloat16."
 )

@@ -2,21 +2,15 @@
 
 from claims.captions import COLUMN, FIELDS
 from claims.hurting import SCHEDULES
-from claims.protocol import Budget, Claim, Phase, Reduction, Variant
-
-BASE = "unmerged"
+from claims.merging import BASE, UNMERGED
+from claims.protocol import Budget, Claim, Reduction, Variant
 
 CLAIM = Claim(
     name="captioning",
     title="Where merging costs in a caption",
     paper="The paper does not say where merging costs; section 3.1 gives the thresholds, Table 5 the ratios",
     variants=(
-        Variant(
-            BASE,
-            guidance={"tube_weight": 1.0, "frame_weight": 0.0},
-            teacher="looks+place",
-            phases=(Phase(0.35, (1,)), Phase(0.65, (8,))),
-        ),
+        UNMERGED,
         *(
             Variant(name, base=BASE, tuned=False, reduction=Reduction("merge", schedule=schedule))
             for name, schedule in SCHEDULES.items()

@@ -10,18 +10,20 @@ TUNED = "1/2"
 
 KINDS = ("merge", "pool", "drop")
 BASE = "unmerged"
+UNMERGED = Variant(
+    BASE,
+    guidance={"tube_weight": 1.0, "frame_weight": 0.0},
+    teacher="looks+place",
+    phases=(Phase(0.35, (1,)), Phase(0.65, (8,))),
+)
+"""Weights that never saw a reduction, with which the others begin."""
 
 CLAIM = Claim(
     name="merging",
     title="Merging against pooling and dropping",
     paper="Figure 3 of the paper: at equal tokens, merging keeps more than pooling, without training and after it",
     variants=(
-        Variant(
-            BASE,
-            guidance={"tube_weight": 1.0, "frame_weight": 0.0},
-            teacher="looks+place",
-            phases=(Phase(0.35, (1,)), Phase(0.65, (8,))),
-        ),
+        UNMERGED,
         Variant("unmerged, tuned", base=BASE),
         *(
             Variant(f"{kind} {name}", base=BASE, tuned=name == TUNED, reduction=Reduction(kind, ratio))
