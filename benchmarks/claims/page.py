@@ -19,7 +19,7 @@ from measuring import RESULTS, markdown_table
 from claims import quotes
 from claims.protocol import CONFIDENCE, CONFIRMED, CONTRADICTED, NOT_SEEN, SEEDS
 from claims.quotes import Quote
-from claims.tables import OUTCOMES, Result, column_table, describe, variant_table
+from claims.tables import Result, column_table, describe, told_outcomes, variant_table
 from elva_hf.evaluation.toy_world import BARS, KEPT_BY_MERGING, OVER_BLIND, TaskScore, missed_bars
 
 REPOSITORY = Path(__file__).parents[2]
@@ -172,7 +172,7 @@ def _budget(result: Result) -> str:
 
 
 def _pair_lines(pair: Result) -> str:
-    said = [_outcome(outcome, pair[outcome]) for outcome in OUTCOMES if pair[outcome] is not None]
+    said = [_outcome(outcome, pair[outcome]) for outcome in told_outcomes(pair)]
     columns = [
         f"{column} {_difference(found)} ({_interval(found['t_interval'])})"
         for column, found in pair["by_column"].items()

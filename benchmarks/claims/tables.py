@@ -147,7 +147,7 @@ def variant_table(result: Result) -> str:
         "steps": [row["steps"] for row in rows],
         "tokens": [round(float(np.mean(row["tokens"]))) for row in rows],
         "patches kept": [f"{row['visual_share']:.2f}" for row in rows],
-        "before tuning": [mean_of_columns(row["untuned"]) if row["untuned"] else None for row in rows],
+        "before tuning": [mean_of_columns(row["untuned"]) if row["untuned"] and row["steps"] else None for row in rows],
         "accuracy": [mean_of_columns(row["final"]) for row in rows] + [float(np.mean(list(result["blind"].values())))],
         "over seeds": [_range(np.mean(list(row["final"].values()), 0)) for row in rows],
         "other video": [mean_of_columns(row["swapped"]) if row["swapped"] else None for row in rows],
@@ -169,12 +169,17 @@ def _range(values: Sequence[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
+def told_outcomes(pair: Result) -> list[str]:
+    """The outcomes that a pair has; of runs that train no further, before tuning and final are one."""
+    told = [outcome for outcome in OUTCOMES if pair[outcome] is not None]
+    return [name for name in told if name != "accuracy before tuning" or pair[name] != pair["final accuracy"]]
+
+
 def _verdict_table(result: Result) -> str:
     rows = [
         [f"{pair['better']} over {pair['worse']}", outcome, *_figures(pair[outcome]), pair[outcome]["verdict"]]
         for pair in result["comparisons"]
-        for outcome in OUTCOMES
-        if pair[outcome] is not None
+        for outcome in told_outcomes(pair)
     ]
     if not rows:
         return "One seed has no intervals and no verdict." if len(result["seeds"]) == 1 else "Nothing is compared."
