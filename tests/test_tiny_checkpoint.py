@@ -17,8 +17,6 @@ from elva_hf.data.toy_world import questions, render, sample_scene
 from elva_hf.evaluation.toy_world import evaluate, format_table, missed_bars, read_scores
 
 TINY = elva_hf.tiny_checkpoint()
-MISSED = {f"{task} ({column})" for task in ("where", "motion", "order", "moving") for column in ("arrays", "mp4")}
-"""Bars that are not reached; docs/LOG.md has the cause. A checkpoint that reaches one must take it out of here."""
 DEMO = json.loads((TINY / "demo.json").read_text())
 
 
@@ -43,14 +41,15 @@ def test_it_answers_every_demo_question_right(ask):
 
 def test_it_carries_a_schedule_that_merges_most_patches(ask):
     schedule = ask.model.config.resolve_merge_schedule()
-    assert [step.layer for step in schedule.steps] == [2, 3]
+    assert ask.model.config.merge_schedule == "paper" and [step.layer for step in schedule.steps] == [1, 2, 3]
     frames = render(sample_scene(DEMO["seed"], split="demo"))
     inputs = ask.processor(videos=[frames], text="<video>What color is it?", return_tensors="pt")
     with torch.no_grad():
         tokens = ask.model(**inputs, use_cache=True).past_key_values.tokens_per_layer[:, 0].tolist()
         plain = ask.model(**inputs, use_cache=True, merge_schedule="none").past_key_values
-    assert tokens[0] == tokens[1] == plain.get_seq_length()
-    assert tokens[3] < tokens[2] < tokens[1] - 128 // 2  # of 8 frames of 16 patches
+    assert tokens[0] == plain.get_seq_length()
+    assert tokens[3] <= tokens[1] < tokens[0] - 128 // 2  # of 8 frames of 16 patches
+    assert sum(tokens) / len(tokens) < 0.55 * tokens[0]
 
 
 def test_elva_demo_prints_every_question_answer_count_and_time():
@@ -104,7 +103,7 @@ def test_a_small_held_out_table_is_near_the_card():
     scores = evaluate(model, processor, num_questions=60)
     card = {score.task: score for score in read_scores(TINY / "held_out.json")}
     assert len(format_table(scores).splitlines()) == 2 + len(scores)
-    for score in (score for score in scores if score.task in card):
+    for score in scores:
         for column in ("array", "mp4", "single", "swapped"):
             share, wanted = getattr(score, column), getattr(card[score.task], column)
             if share is not None:
@@ -112,10 +111,10 @@ def test_a_small_held_out_table_is_near_the_card():
                 assert share == pytest.approx(wanted, abs=margin), (score.task, column)
 
 
-def test_the_card_table_meets_every_bar_but_the_ones_that_are_known_to_be_missed():
+def test_the_card_table_meets_every_bar():
     scores = read_scores(TINY / "held_out.json")
     assert all(score.num_questions >= 500 for score in scores)
-    assert {line.split(":")[0] for line in missed_bars(scores)} == MISSED
+    assert missed_bars(scores) == []
 
 
 def test_the_exported_folder_loads_with_remote_code_where_the_package_was_not_imported():
