@@ -14,8 +14,9 @@ VideoLLaMA3, and Gemma4Unified's front end, all on a decoder of the same size (`
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,21 +40,22 @@ BYTES = ("peak_bytes", "front_end_peak_bytes", "prefill_peak_bytes")
 RATES = ("generate_seconds", "requests_per_second", "decode_tokens_per_second")
 
 
-def measure_rounds(setting: Setting, names: Sequence[str], frames: Sequence[int]) -> Rounds:
-    """Run every row once a round: on a CPU a fresh process for each number of frames, on CUDA one for all."""
+def measure_rounds(setting: Setting, names: Sequence[str], frames: Sequence[int]) -> Iterator[Rounds]:
+    """Run every row once a round, and give all that can be compared so far: row by row, then round by round.
+
+    On a CPU each number of frames has a fresh process, on CUDA one process runs a row at all of them.
+    """
     groups = [list(frames)] if setting.device == "cuda" else [[count] for count in frames]
-    rounds: Rounds = {(name, count): [] for count in frames for name in names}
+    rounds: Rounds = {}
     for number in range(setting.processes):
-        for name in names:
-            for group in groups:
-                rows = run_guarded(setting, name, group)
-                for count, row in zip(group, rows, strict=True):
-                    rounds[name, count].append(row)
-                    figure = row.get("failed") or f"{row['seconds']:.3f} s"
-                    print(
-                        f"round {number + 1} of {setting.processes}: {name}, {count} frames: {figure}", file=sys.stderr
-                    )
-    return rounds
+        for name, group in itertools.product(names, groups):
+            for count, row in zip(group, run_guarded(setting, name, group), strict=True):
+                rounds.setdefault((name, count), []).append(row)
+                figure = row.get("failed") or f"{row['seconds']:.3f} s"
+                print(f"round {number + 1} of {setting.processes}: {name}, {count} frames: {figure}", file=sys.stderr)
+            if number == 0:
+                yield rounds
+        yield rounds
 
 
 def run_guarded(setting: Setting, name: str, frames: list[int]) -> list[Row]:
@@ -71,7 +73,7 @@ def summarise(rows: Sequence[Row], base: Sequence[Row]) -> Row:
         return {"failed": ", ".join(failures)}
     columns = {name: [row[name] for row in rows] for name in (*FIGURES, *BYTES)}
     ratios = {}
-    if not any("failed" in row for row in base):
+    if base and not any("failed" in row for row in base):
         for name in ("seconds", "peak_bytes"):
             ratios[f"{name}_ratio"] = ratio(columns[name], [row[name] for row in base])
     fixed = {name: value for name, value in rows[0].items() if name not in (*columns, "batches")}
@@ -111,27 +113,29 @@ def summarise_rounds(setting: Setting, rounds: Rounds, base: str, peak: float) -
     """Every row at every number of frames."""
     pipelines, rows = setting.pipelines(), []
     for (name, count), raw in rounds.items():
-        row = {"pipeline": name, "note": pipelines[name].note, "frames": count, **summarise(raw, rounds[base, count])}
+        row = {"pipeline": name, "note": pipelines[name].note, "frames": count}
+        row.update(summarise(raw, rounds.get((base, count), [])))
         rows.append(add_derived(row, setting, peak))
     return rows
 
 
-def measure(setting: Setting, names: Sequence[str], frames: Sequence[int], *, scaling: bool) -> Row:
-    """Everything the result file holds."""
+def measure(setting: Setting, names: Sequence[str], frames: Sequence[int], *, scaling: bool) -> Iterator[Row]:
+    """Everything the result file holds, again after each step; the last is finished."""
     matmul = [run_in_fresh_process(run_matmul, setting) for _ in range(setting.processes)]
     matmul = {name: spread([row[name] for row in matmul]) for name in matmul[0]}
     base = BASELINE if BASELINE in names else names[0]
-    rounds = measure_rounds(setting, names, frames)
-    rows = summarise_rounds(setting, rounds, base, matmul["flops_per_second"]["median"])
-    return {
+    result = {
         **provenance(setting.device),
         "scaling": scaling,
         "base": base,
         "setting": asdict(setting),
         "matmul": matmul,
-        "rows": rows,
-        "targets": targets_of(asdict(setting), rounds, rows, scaling=scaling),
     }
+    for rounds in measure_rounds(setting, names, frames):
+        rows = summarise_rounds(setting, rounds, base, matmul["flops_per_second"]["median"])
+        targets = targets_of(asdict(setting), rounds, rows, scaling=scaling)
+        done = len(rounds) == len(names) * len(frames) and len(rounds[names[0], frames[0]]) == setting.processes
+        yield {**result, "finished": done, "rows": rows, "targets": targets}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -141,6 +145,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--frames", type=int, nargs="+", help="frames of a clip: 16 on a CPU, on CUDA 32 64 128")
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="of generation: 1 on a CPU, on CUDA 1 4 16")
+    parser.add_argument(
+        "--batch-frames", type=int, nargs="+", help="frames at which batches of more than one run: the fewest"
+    )
     parser.add_argument("--new-tokens", type=int, default=120, help="generated tokens, as in the paper; 0 for none")
     parser.add_argument("--merge-schedule", choices=SCHEDULES, default=SCHEDULES[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run; all by default")
@@ -154,7 +161,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_setting(arguments: argparse.Namespace) -> Setting:
+def make_setting(arguments: argparse.Namespace, frames: Sequence[int]) -> Setting:
     """The setting that the options give."""
     on_gpu = arguments.device == "cuda"
     return Setting(
@@ -166,6 +173,7 @@ def make_setting(arguments: argparse.Namespace) -> Setting:
         processes=arguments.processes,
         new_tokens=0 if arguments.scaling else arguments.new_tokens,
         batch_sizes=tuple(arguments.batch_sizes or ((1, 4, 16) if on_gpu else (1,))),
+        batch_frames=tuple(arguments.batch_frames or [min(frames)]),
         merge_schedule=arguments.merge_schedule,
     )
 
@@ -191,14 +199,16 @@ def main() -> int:
         write_results(arguments.out, "table5-flops", result, derived_markdown(result))
         print(f"wrote {arguments.out / 'table5-flops'}.json and .md")
         return 0
-    setting, scaling = make_setting(arguments), arguments.scaling
+    scaling = arguments.scaling
+    usual = SCALING_FRAMES if scaling else (32, 64, 128) if arguments.device == "cuda" else (16,)
+    frames = sorted(set(arguments.frames or usual))
+    setting = make_setting(arguments, frames)
     known = ELVA_ROWS if scaling else tuple(setting.pipelines())
     names = choose_rows(arguments.only, known)
-    usual = SCALING_FRAMES if scaling else (32, 64, 128) if setting.device == "cuda" else (16,)
-    result = measure(setting, names, sorted(arguments.frames or usual), scaling=scaling)
     stem = f"table5-{'scaling-' * scaling}{setting.device}"
-    result["chart"] = f"{stem}.png" if draw_times(result, arguments.out / f"{stem}.png") else None
-    write_results(arguments.out, stem, result, as_markdown(result))
+    for result in measure(setting, names, frames, scaling=scaling):
+        result["chart"] = f"{stem}.png" if draw_times(result, arguments.out / f"{stem}.png") else None
+        write_results(arguments.out, stem, result, as_markdown(result))
     print(f"wrote {arguments.out / stem}.json and .md")
     failed = [row for row in result["rows"] if row.get("failed", "out of memory") != "out of memory"]
     return 1 if failed else 0

@@ -201,20 +201,16 @@ def as_markdown(result: Row) -> str:
 
 
 def flops_table(rows: Sequence[Row]) -> str:
-    """One line for each row: teraflops."""
-    header = ["pipeline", "tokens", "left", "encoder", "linear", "attention", "head", "total"]
-    return markdown_table(
-        [*header, "Table 5", "the paper", "off by"],
-        (
-            (
-                *(row["pipeline"], row["tokens"], row["tokens_left"]),
-                *(_tera(row["flops"][part]) for part in ("encoder", "linear", "attention", "lm_head", "total")),
-                *(_tera(row["table5_flops"]), _tera(row["paper_flops"])),
-                None if row["off_by"] is None else _percent(row["off_by"], "+"),
-            )
-            for row in rows
-        ),
-    )
+    """One line for each row: teraflops; with the paper's where there are any."""
+    header = ["pipeline", "tokens", "left", "encoder", "linear", "attention", "head", "total", "Table 5"]
+    quoted = any(row["paper_flops"] is not None for row in rows)
+    lines = []
+    for row in rows:
+        parts = (_tera(row["flops"][part]) for part in ("encoder", "linear", "attention", "lm_head", "total"))
+        line = [row["pipeline"], row["tokens"], row["tokens_left"], *parts, _tera(row["table5_flops"])]
+        off_by = None if row["off_by"] is None else _percent(row["off_by"], "+")
+        lines.append([*line, _tera(row["paper_flops"]), off_by] if quoted else line)
+    return markdown_table([*header, "the paper", "off by"] if quoted else header, lines)
 
 
 def _tera(flops: float | None) -> float | None:

@@ -28,6 +28,7 @@ class Setting:
     processes: int
     new_tokens: int
     batch_sizes: tuple[int, ...]
+    batch_frames: tuple[int, ...]
     merge_schedule: str
 
     def make(self) -> Scale:
@@ -139,6 +140,8 @@ def measure_batches(setting: Setting, pipeline: Pipeline, model: nn.Module, fram
     generate(model, pipeline.inputs(2, 1, dtype), 2, device)
     rows = []
     for clips in setting.batch_sizes:
+        if clips > 1 and frames not in setting.batch_frames:
+            continue
         try:
             inputs = pinned(pipeline.inputs(frames, clips, dtype), device)
             rows.append({"batch_size": clips, **generate(model, inputs, setting.new_tokens, device)})

@@ -8,7 +8,7 @@ from typing import Any
 
 from line_chart import COLORS, Series, draw_chart
 from measuring import markdown_table
-from peers import BASELINE
+from peers import BASELINE, MATERIALISING
 from pipelines import Row, make_scale
 from table5_flops import PAPER, PAPER_FRAMES, PAPER_ROW, flops_table
 from table5_targets import targets_table
@@ -49,6 +49,10 @@ RATES_TEXT = (
     "{tokens} new tokens, greedy, no early stop, every token fetched to the host. A request is the whole of it, with "
     "its front end and prefill; `llava-all-logits` generates as `llava` does."
 )
+GROWTH_TEXT = (
+    "`time`: ratio to the first row at the same frames; `growth`: ratio to the same row at the line before it, so 2 is "
+    "linear where frames double. `total`: teraflops."
+)
 TARGETS_TEXT = {
     True: "What the project has set itself. Ratios are medians of ratios within a round.",
     False: "Targets are stated for `--size 0.5b` on a CPU at 16 frames, for `--size 7b` on CUDA, and for `--scaling`.",
@@ -64,13 +68,18 @@ def as_markdown(result: Row) -> str:
         f"torch {result['torch']}, transformers {result['transformers']}.",
         about(setting, result["base"]),
     ]
+    if not result["finished"]:
+        parts.append("Unfinished: the run was stopped before every row had run as often as asked.")
     if result["chart"]:
         parts.append(f"![Seconds to the first token by frames]({result['chart']})")
     parts += ["## Targets", TARGETS_TEXT[bool(result["targets"])]]
     parts += [targets_table(result["targets"])] if result["targets"] else []
     parts += ["## Rows", row_notes(result["rows"])]
+    if result["scaling"]:
+        return "\n\n".join([*parts, "## By frames", GROWTH_TEXT, growth_table(result["rows"])]) + "\n"
+    parts += ["## How to read the tables", reading(setting, result["matmul"])]
     for frames in sorted({row["frames"] for row in result["rows"]}):
-        parts += frames_section(result, [row for row in result["rows"] if row["frames"] == frames], frames)
+        parts += frames_section(setting, [row for row in result["rows"] if row["frames"] == frames], frames)
     return "\n\n".join(parts) + "\n"
 
 
@@ -87,7 +96,7 @@ def about(setting: Row, base: str) -> str:
         clock="wall time" if setting["device"] == "cuda" else "process CPU time",
         base=base,
     )
-    return f"{text} {NOT_HERE.format(dtype=setting['dtype'])}"
+    return f"{text} {NOT_HERE.format(dtype=setting['dtype'])}" if base == BASELINE else text
 
 
 def row_notes(rows: Iterable[Row]) -> str:
@@ -96,32 +105,69 @@ def row_notes(rows: Iterable[Row]) -> str:
     return "\n".join(f"- `{name}`: {note}" for name, note in notes.items())
 
 
-def frames_section(result: Row, rows: Sequence[Row], frames: int) -> list[str]:
+def reading(setting: Row, matmul: Row) -> str:
+    """What the columns mean, once for all tables."""
+    texts = {
+        "Time": TIMES_TEXT.format(
+            peak=matmul["flops_per_second"]["median"] / 1e12, matmul=make_scale(setting["size"]).matmul
+        ),
+        "Memory": MEMORY_TEXT.format(inputs="" if setting["device"] == "cuda" else " and the inputs"),
+        "FLOPs": FLOPS_TEXT,
+    }
+    if setting["size"] == "7b":
+        texts["Beside the paper"] = PAPER_TEXT.format(base=BASELINE)
+    if setting["new_tokens"] > 1:
+        texts["Decoding and requests"] = RATES_TEXT.format(tokens=setting["new_tokens"])
+    return "\n".join(f"- {name}. {text}" for name, text in texts.items())
+
+
+def frames_section(setting: Row, rows: Sequence[Row], frames: int) -> list[str]:
     """The tables of one number of frames."""
-    setting = result["setting"]
     ran = [row for row in rows if "failed" not in row]
     missing = [f"`{row['pipeline']}` ({row['failed']})" for row in rows if "failed" in row]
     parts = [f"## {frames} frames"]
     parts += [f"Not measured: {', '.join(missing)}."] if missing else []
     if not ran:
         return parts
-    times = TIMES_TEXT.format(
-        peak=result["matmul"]["flops_per_second"]["median"] / 1e12, matmul=make_scale(setting["size"]).matmul
-    )
-    memory = MEMORY_TEXT.format(inputs="" if setting["device"] == "cuda" else " and the inputs")
-    flops = [{**row, "tokens": row["tokens_per_layer"][0], "tokens_left": row["tokens_per_layer"][-1]} for row in ran]
-    for row in flops:
-        paper = row["paper_flops"] if setting["size"] == "7b" else None
-        row["off_by"] = None if paper is None else row["table5_flops"] / (paper * 1e12) - 1
-        row["paper_flops"] = None if paper is None else paper * 1e12
-    parts += ["### Time to the first token", times, times_table(ran)]
-    parts += ["### Memory", memory, memory_table(ran)]
-    parts += ["### FLOPs", FLOPS_TEXT, flops_table(flops)]
+    parts += ["### Time to the first token", times_table(ran), "### Memory", memory_table(ran)]
+    parts += ["### FLOPs", flops_table([beside_the_paper(row, setting["size"]) for row in ran])]
     if frames in PAPER_FRAMES and setting["size"] == "7b":
-        parts += ["### Beside the paper", PAPER_TEXT.format(base=BASELINE), paper_table(ran, frames)]
+        parts += ["### Beside the paper", paper_table(ran, frames)]
     if any(row["batches"] for row in ran):
-        parts += ["### Decoding and requests", RATES_TEXT.format(tokens=setting["new_tokens"]), rates_table(ran)]
+        parts += ["### Decoding and requests", rates_table(ran)]
     return parts
+
+
+def beside_the_paper(row: Row, size: str) -> Row:
+    """What `flops_table` shows of a measured row; the paper's number only where the decoder is the paper's."""
+    paper = row["paper_flops"] if size == "7b" and row["pipeline"] != MATERIALISING else None
+    return {
+        **row,
+        "tokens": row["tokens_per_layer"][0],
+        "tokens_left": row["tokens_per_layer"][-1],
+        "paper_flops": None if paper is None else paper * 1e12,
+        "off_by": None if paper is None else row["table5_flops"] / (paper * 1e12) - 1,
+    }
+
+
+def growth_table(rows: Sequence[Row]) -> str:
+    """One line for each row and number of frames; ratios to the first row, and to the row's own fewer frames."""
+    header = ["pipeline", "frames", "tokens", "left", "time", "time, s", "growth", "peak, MB", "KV cache", "total, T"]
+    lines, before = [], {}
+    for row in sorted(rows, key=lambda row: row["frames"]):
+        if "failed" in row:
+            lines.append([row["pipeline"], row["frames"], None, None, None, row["failed"], *4 * [None]])
+            continue
+        seconds, earlier = row["seconds"]["median"], before.get(row["pipeline"])
+        before[row["pipeline"]] = seconds
+        lines.append(
+            [
+                *(row["pipeline"], row["frames"], row["tokens_per_layer"][0], row["tokens_per_layer"][-1]),
+                *(row.get("seconds_ratio"), _range(row["seconds"]), earlier and seconds / earlier),
+                *(_megabytes(row["peak_bytes"]), _megabytes(row["kv_bytes"]), row["flops"]["total"] / 1e12),
+            ]
+        )
+    return markdown_table(header, lines)
 
 
 def times_table(rows: Sequence[Row]) -> str:
@@ -161,7 +207,7 @@ def paper_table(rows: Sequence[Row], frames: int) -> str:
     """Table 5 beside what was measured, with ratios to the encoder-based row of each."""
     by_name = {row["pipeline"]: row for row in rows}
     place, lines = PAPER_FRAMES.index(frames), []
-    materialising, base = by_name.get("llava-all-logits"), by_name.get(BASELINE)
+    materialising, base = by_name.get(MATERIALISING), by_name.get(BASELINE)
     for ours, paper in PAPER_ROW.items():
         row = by_name.get(ours)
         line: list[Any] = [paper, ours]
