@@ -126,6 +126,11 @@ class Pipeline:
         """Whether generation says more than another row's."""
         return True
 
+    @property
+    def merges(self) -> bool:
+        """Whether tokens merge inside the decoder."""
+        return False
+
     def build(self, device: str, dtype: torch.dtype, attention: str) -> nn.Module:
         """The model with random weights."""
         torch.manual_seed(0)
@@ -183,6 +188,10 @@ class Elva(Pipeline):
         model = make_model(self.scale.size.config, device, dtype, attention)
         model.set_merge_schedule(self.merge_schedule)
         return model
+
+    @property
+    def merges(self) -> bool:
+        return self.merge_schedule != "none"
 
     def clip(self, frames: int, seed: int = 0) -> Clip:
         """A made-up clip."""

@@ -35,7 +35,7 @@ from training_steps import run_matmul
 Rounds = dict[tuple[str, int], list[Row]]
 
 SCALING_FRAMES = (8, 16, 32, 64, 128, 256)
-FIGURES = ("seconds", "wall_seconds", "front_end_seconds", "prefill_seconds")
+FIGURES = ("seconds", "wall_seconds", "front_end_seconds", "prefill_seconds", "merge_share")
 BYTES = ("peak_bytes", "front_end_peak_bytes", "prefill_peak_bytes")
 RATES = ("generate_seconds", "requests_per_second", "decode_tokens_per_second")
 

@@ -11,6 +11,7 @@ import torch
 from measuring import Meter
 from peers import make_pipelines
 from pipelines import Pipeline, Row, Scale, make_scale
+from prefill import metered_merge_steps
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import StoppingCriteria
@@ -129,7 +130,16 @@ def measure_clip(setting: Setting, pipeline: Pipeline, model: nn.Module, frames:
     first_tokens(pipeline, model, inputs if device == "cuda" else pipeline.inputs(2, 1, dtype), device)
     with Stages(device, model.get_submodule(pipeline.front_end)) as stages:
         _, cache = first_tokens(pipeline, model, inputs, device)
-    return {**stages.figures(), **cache_figures(cache, inputs), "weight_bytes": count_bytes(model.parameters())}
+    row = {**stages.figures(), **cache_figures(cache, inputs), "weight_bytes": count_bytes(model.parameters())}
+    del cache
+    return {**row, "merge_share": merge_share(pipeline, model, inputs, device) if pipeline.merges else None}
+
+
+def merge_share(pipeline: Pipeline, model: nn.Module, inputs: dict[str, Tensor], device: str) -> float:
+    """The merge steps' share of another prefill, which waits for each of them."""
+    with metered_merge_steps(device) as steps, Stages(device, model.get_submodule(pipeline.front_end)) as stages:
+        first_tokens(pipeline, model, inputs, device)
+    return sum(step.seconds for step in steps) / stages.prefill.seconds
 
 
 def measure_batches(setting: Setting, pipeline: Pipeline, model: nn.Module, frames: int) -> list[Row]:

@@ -29,7 +29,7 @@ TIMES_TEXT = (
     "`front end`: until the embeddings of the video are there (tower and projector, or patch embedding, with the "
     "transfer to the device); `prefill`: from there to the first token. `floor`: FLOPs over {peak:.3g} TFLOP/s, the "
     "measured bf16 product of {matmul}x{matmul} matrices; `of the peak`: FLOPs of the prefill over its time and that. "
-    "`left`: tokens in the last layer. How much of prefill the merge steps take is in `prefill.py`."
+    "`left`: tokens in the last layer. `merging`: the merge steps' share of a prefill that waits for each of them."
 )
 MEMORY_TEXT = (
     "Megabytes. `peak` is above the weights{inputs}; `total` is weights and peak. `floor`: weights, KV cache and four "
@@ -172,7 +172,18 @@ def growth_table(rows: Sequence[Row]) -> str:
 
 def times_table(rows: Sequence[Row]) -> str:
     """One line for each row."""
-    header = ["pipeline", "tokens", "left", "time", "time, s", "front end, s", "prefill, s", "floor, s", "of the peak"]
+    header = [
+        "pipeline",
+        "tokens",
+        "left",
+        "time",
+        "time, s",
+        "front end, s",
+        "prefill, s",
+        "floor, s",
+        "of the peak",
+        "merging",
+    ]
     return markdown_table(
         header,
         (
@@ -180,6 +191,7 @@ def times_table(rows: Sequence[Row]) -> str:
                 *(row["pipeline"], row["tokens_per_layer"][0], row["tokens_per_layer"][-1], row.get("seconds_ratio")),
                 *(_range(row["seconds"]), row["front_end_seconds"]["median"], row["prefill_seconds"]["median"]),
                 *(row["floor_seconds"], f"{100 * row['prefill_utilisation']:.0f} %"),
+                row["merge_share"] and f"{100 * row['merge_share']['median']:.1f} %",
             )
             for row in rows
         ),

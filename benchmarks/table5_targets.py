@@ -81,6 +81,7 @@ GPU_TIMES = {32: 0.06, 64: 0.05, 128: 0.045}
 GPU_TOTALS = {32: 0.25, 64: 0.41, 128: 0.55}
 GPU_PEAKS = {32: 0.25, 64: 0.2, 128: 0.2}
 GPU_UTILISATION = {"elva": 0.5, "elva+merge": 0.4}
+GPU_MERGING = 0.03
 
 
 def gpu_targets(rounds: Rounds, rows: Sequence[Row]) -> list[Row]:
@@ -93,6 +94,10 @@ def gpu_targets(rounds: Rounds, rows: Sequence[Row]) -> list[Row]:
         found = [row for row in rows if (row["pipeline"], row["frames"]) == (name, 128) and "failed" not in row]
         measured = found[0]["prefill_utilisation"] if found else None
         result.append(judge(f"128 frames: prefill over the matmul peak, {name}", bound, measured, at_least=True))
+    for name in ELVA_ROWS[1:]:
+        shares = [row["merge_share"] for row in rounds.get((name, 128), []) if "failed" not in row]
+        measured = median(shares) if shares else None
+        result.append(judge(f"128 frames: merge steps over prefill, {name}", GPU_MERGING, measured))
     for frames, bound in GPU_TOTALS.items():
         ratio = compare(rounds, frames, FULL, MATERIALISING, total_memory)
         saved = None if ratio is None else 1 - ratio

@@ -145,6 +145,14 @@ def test_equal_tokens_are_equal(result):
     assert equal["tokens_per_layer"] == elva["tokens_per_layer"] and equal["kv_bytes"] == elva["kv_bytes"]
 
 
+def test_the_share_of_the_merge_steps_is_measured_where_there_are_any(result):
+    for row in result["json"]["rows"]:
+        if "+merge" in row["pipeline"]:
+            assert 0 < row["merge_share"]["median"] < 0.9
+        else:
+            assert row["merge_share"] is None
+
+
 def test_the_tables_are_made_from_the_numbers(scripts, result):
     assert scripts.report.as_markdown(result["json"]) == result["text"]
     changed = json.loads(json.dumps(result["json"]))
@@ -332,10 +340,12 @@ def test_savings_on_a_gpu_are_at_least_what_they_should_be(scripts):
     rounds = fake_rounds(
         dict.fromkeys(names, 1.0), 32, {"llava": 100, "llava-all-logits": 300, "elva+merge+hybrid": 20}
     )
+    rounds["elva+merge", 128] = [{"merge_share": 0.02, "seconds": 1.0}]
     rows = [{"pipeline": "elva", "frames": 128, "prefill_utilisation": 0.45}]
     targets = scripts.targets.targets_of({"size": "7b", "device": "cuda"}, rounds, rows)
     assert find(targets, what="128 frames: prefill over the matmul peak, elva")["missed_by"] == pytest.approx(0.1)
     assert find(targets, what="32 frames: total memory saved, elva+merge+hybrid, llava-all-logits")["measured"] == 0.7
+    assert find(targets, what="128 frames: merge steps over prefill, elva+merge")["met"]
     assert find(targets, what="32 frames: peak above the weights, elva+merge+hybrid / llava")["met"]
 
 
