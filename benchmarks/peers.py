@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from gemma_peers import Gemma4Unified, GemmaFrontEnd
 from pipelines import END, IMAGE, START, VIDEO, Elva, EncoderFlops, Pipeline, Row, Scale, seeded
 from random_elva import Size
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from elva_hf.frames_elva import count_frame_tokens
 
@@ -193,86 +194,6 @@ class Qwen25VL(Pipeline):
         return EncoderFlops(2 * groups * linear, 4 * groups * pairs * width)
 
 
-class FrontEndLM(nn.Module):
-    """Gemma4Unified's own vision embedder in front of a Qwen2 decoder."""
-
-    def __init__(self, text_config: Any, vision_config: Any, dtype: torch.dtype, attention: str):
-        super().__init__()
-        from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedVisionEmbedder
-
-        self.embed_vision = Gemma4UnifiedVisionEmbedder(vision_config, text_config).to(dtype)
-        self.language = AutoModelForCausalLM.from_config(text_config, dtype=dtype, attn_implementation=attention)
-
-    def embed(self, input_ids: Tensor, pixel_values_videos: Tensor, video_position_ids: Tensor) -> Tensor:
-        """`(B, N, D)` embeddings of text and video."""
-        text = self.language.get_input_embeddings()(input_ids)
-        visual = self.embed_vision(pixel_values_videos, video_position_ids, return_dict=True).pooler_output
-        return text.masked_scatter((input_ids == VIDEO)[..., None], visual.to(text.dtype))
-
-    def forward(self, input_ids: Tensor, pixel_values_videos: Tensor, video_position_ids: Tensor, **kwargs: Any) -> Any:
-        embeddings = self.embed(input_ids, pixel_values_videos, video_position_ids)
-        return self.language(inputs_embeds=embeddings, **kwargs)
-
-    @property
-    def generation_config(self) -> Any:
-        """The decoder's."""
-        return self.language.generation_config
-
-    @torch.no_grad()
-    def generate(
-        self, input_ids: Tensor, pixel_values_videos: Tensor, video_position_ids: Tensor, **kwargs: Any
-    ) -> Any:
-        """As the decoder generates; without the prompt."""
-        embeddings = self.embed(input_ids, pixel_values_videos, video_position_ids)
-        return self.language.generate(inputs_embeds=embeddings, **kwargs)
-
-
-@dataclass(frozen=True)
-class GemmaFrontEnd(Pipeline):
-    """Gemma4Unified's front end, two linear maps over patches of 48 pixels, on the same decoder.
-
-    Args:
-        grid: Rows and columns of patches of a frame.
-    """
-
-    grid: tuple[int, int] = (7, 10)
-
-    front_end = "embed_vision"
-
-    @property
-    def width(self) -> int:
-        """Values of a patch."""
-        return 3 * (3 * self.scale.gemma_patch) ** 2
-
-    def build(self, device: str, dtype: torch.dtype, attention: str) -> nn.Module:
-        torch.manual_seed(0)
-        hidden = self.scale.text.hidden_size
-        vision = AutoConfig.for_model(
-            "gemma4_unified_vision",
-            patch_size=self.scale.gemma_patch,
-            mm_embed_dim=hidden,
-            output_proj_dims=hidden,
-        )
-        with torch.device(device):
-            return FrontEndLM(self.scale.text, vision, dtype, attention).eval()
-
-    def visual_tokens(self, frames: int) -> int:
-        return frames * self.grid[0] * self.grid[1]
-
-    def pixels(self, clips: int, frames: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        rows, columns = (torch.arange(count) for count in self.grid)
-        places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).flatten(0, 1)
-        clip = torch.randn(frames, len(places), self.width, generator=seeded())
-        return {
-            "pixel_values_videos": clip.to(dtype).repeat(clips, 1, 1),
-            "video_position_ids": places.expand(clips * frames, -1, -1).clone(),
-        }
-
-    def encoder_flops(self, frames: int) -> EncoderFlops:
-        hidden = self.scale.text.hidden_size
-        return EncoderFlops(2 * self.visual_tokens(frames) * (self.width * hidden + hidden**2))
-
-
 SCHEDULES = ("table5", "four halvings", "paper")
 """The first is the one whose FLOPs fit Table 5; the last has thresholds, so what it merges depends on the pixels."""
 
@@ -312,6 +233,9 @@ def make_pipelines(scale: Scale, schedule: str = SCHEDULES[0]) -> dict[str, Pipe
         "gemma4-front-end": GemmaFrontEnd(scale, "Gemma4Unified's vision embedder, 7x10 patches: its whole budget"),
         "gemma4-front-end-square": GemmaFrontEnd(
             scale, "the same with 8x8 patches: what its processor makes of a square frame", SQUARE_GRID
+        ),
+        "gemma4": Gemma4Unified(
+            scale, "Gemma4Unified itself at the decoder's sizes, 7x10 patches; windows in five layers of six"
         ),
         "elva": Elva(scale, "all frames high, no merging"),
         "elva+merge": Elva(scale, f"merging: {schedule}", merged),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from elva_hf.ledger_elva import DecoderShape, TokenPlan, plan_tokens
 
 Row = dict[str, Any]
 
-START, END, VIDEO, IMAGE = 3, 4, 5, 8  # ids that every vocabulary has
+START, END, VIDEO, IMAGE, AUDIO = 3, 4, 5, 8, 9  # ids that every vocabulary has
 WORDS = (16, 64)
 
 
@@ -57,6 +58,7 @@ class Scale:
     siglip: Tower = Tower(1152, 4304, 27, 16)
     qwen: Tower = Tower(1280, 3420, 32, 16, gated=True, full_attention=(7, 15, 23, 31))
     gemma_patch: int = 16  # three by three of them are a token
+    gemma_window: int = 1024  # tokens that most layers of Gemma4Unified see
     matmul: int = 8192
 
     @property
@@ -90,7 +92,7 @@ def make_scale(name: str) -> Scale:
     if name == "tiny":
         tower = Tower(32, 64, 2, 2)
         qwen = replace(tower, gated=True, full_attention=(1,))
-        return Scale(size, tower, tower, qwen, gemma_patch=2, matmul=64)
+        return Scale(size, tower, tower, qwen, gemma_patch=2, gemma_window=64, matmul=64)
     return Scale(size, matmul=8192 if name == "7b" else 1024)
 
 
@@ -161,6 +163,14 @@ class Pipeline:
     def layers(self, frames: int) -> list[int]:
         """Tokens that enter each decoder layer."""
         return self.scale.shape().num_layers * [self.visual_tokens(frames) + self.text_tokens(frames)]
+
+    def attention_flops(self, frames: int, layers: Sequence[int], attention: str) -> int:
+        """Of the decoder, `"causal"` or `"full"` as `torch` counts it."""
+        return self.scale.shape().attention_flops(layers, attention)
+
+    def kv_bytes(self, frames: int) -> int:
+        """Keys and values that the cache holds after the prefill of a clip."""
+        return sum(self.layers(frames)) * self.scale.shape().kv_bytes_per_token
 
     def inputs(self, frames: int, clips: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """A batch on the host: each row a clip between its borders, then words."""

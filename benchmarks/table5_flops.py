@@ -102,7 +102,7 @@ def count_flops(
         encoder.linear,
         encoder.attention,
         shape.linear_flops(layers),
-        shape.attention_flops(layers, attention),
+        pipeline.attention_flops(frames, layers, attention),
         shape.lm_head_flops(layers[-1] if num_logits is None else num_logits),
     )
 
@@ -145,7 +145,7 @@ def derive_row(name: str, pipeline: Pipeline, frames: int, paper: float | None) 
         "frames": frames,
         "tokens": layers[0],
         "tokens_left": layers[-1],
-        "kv_bytes": sum(layers) * pipeline.scale.shape().kv_bytes_per_token,
+        "kv_bytes": pipeline.kv_bytes(frames),
         "flops": count_row(pipeline, frames).to_dict(),
         "table5_flops": counted,
         "paper_flops": None if paper is None else paper * 1e12,

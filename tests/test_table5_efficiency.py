@@ -14,7 +14,7 @@ import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PEERS = ("llava-all-logits", "llava", "llava-equal-tokens", "videollama3", "qwen2.5-vl")
-GEMMA = ("gemma4-front-end", "gemma4-front-end-square")
+GEMMA = ("gemma4-front-end", "gemma4-front-end-square", "gemma4")
 ELVA = ("elva", "elva+merge", "elva+merge+hybrid")
 ROWS = (*PEERS, *GEMMA, *ELVA)
 
@@ -136,7 +136,9 @@ def test_keys_and_values_take_the_bytes_that_arithmetic_says(result, tiny):
     for row in result["json"]["rows"]:
         pipeline = tiny[row["pipeline"]]
         assert row["tokens_per_layer"] == pipeline.layers(8)
-        assert row["kv_bytes"] == sum(pipeline.layers(8)) * pipeline.scale.shape().kv_bytes_per_token
+        per_token = pipeline.scale.shape().kv_bytes_per_token
+        held = sum(pipeline.layers(8)) if row["pipeline"] != "gemma4" else 2 * 572 + 6 * 63  # windows of 64
+        assert row["kv_bytes"] == held * per_token == pipeline.kv_bytes(8)
 
 
 def test_equal_tokens_are_equal(result):
@@ -175,6 +177,7 @@ def test_every_row_has_the_same_decoder(tiny):
         decoder = [(key, weight) for key, weight in model.named_parameters() if "language" in key or "lm_head" in key]
         shapes[name] = sorted(tuple(weight.shape) for key, weight in decoder)
     assert len(shapes["elva"]) > 8 * 9
+    assert shapes.pop("gemma4") != shapes["elva"], "its own form of decoder, at the same sizes"
     assert all(found == shapes["elva"] for found in shapes.values())
 
 
@@ -183,7 +186,7 @@ def test_at_full_size_a_frame_has_the_tokens_of_each_model(scripts):
     tokens = {name: pipeline.visual_tokens(32) / 32 for name, pipeline in pipelines.items()}
     assert tokens == {
         **{"llava-all-logits": 576, "llava": 576, "llava-equal-tokens": 144, "videollama3": 144, "qwen2.5-vl": 72},
-        **{"gemma4-front-end": 70, "gemma4-front-end-square": 64, "elva": 157, "elva+merge": 157},
+        **{"gemma4-front-end": 70, "gemma4-front-end-square": 64, "gemma4": 70, "elva": 157, "elva+merge": 157},
         "elva+merge+hybrid": (157 + 3 * 43) / 4,
     }
     texts = {name: pipeline.text_tokens(32) for name, pipeline in pipelines.items()}

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PEERS = ("llava-all-logits", "llava", "llava-equal-tokens", "videollama3", "qwen2.5-vl")
-GEMMA = ("gemma4-front-end", "gemma4-front-end-square")
+GEMMA = ("gemma4-front-end", "gemma4-front-end-square", "gemma4")
 ROWS = (*PEERS, *GEMMA, "elva", "elva+merge", "elva+merge+hybrid")
 
 
@@ -145,3 +145,26 @@ def test_equal_tokens_are_equal_at_full_size(derived, frames):
     rows = [find(derived["json"]["rows"], pipeline=name, frames=frames) for name in ("llava-equal-tokens", "elva")]
     assert {row["tokens"] for row in rows} == {157 * frames + 290}
     assert len({row["kv_bytes"] for row in rows}) == 1
+
+
+def test_a_word_stands_between_the_frames_of_gemma(tiny):
+    ids = tiny["gemma4"].inputs(3, 2, torch.bfloat16)["input_ids"]
+    frame, plain = 70 * [5], tiny["gemma4-front-end"].inputs(3, 2, torch.bfloat16)["input_ids"]
+    for row in ids.tolist():
+        assert [row[1:71], row[72:142], row[143:213]] == 3 * [frame]
+        assert 5 not in (row[71], row[142], *row[213:])
+    assert ids.sort(1).values.tolist() == plain.sort(1).values.tolist(), "the words are those of the text"
+    with pytest.raises(ValueError, match="12 frames: 10 words are too few"):
+        tiny["gemma4"].inputs(12, 1, torch.bfloat16)
+
+
+def test_windows_are_counted_as_wide_as_they_are(scripts, tiny):
+    gemma = tiny["gemma4"]
+    shape, tokens = gemma.scale.shape(), gemma.layers(8)[0]
+    place = torch.arange(tokens)
+    frame = torch.where((place > 0) & (place < 8 * 71) & (place % 71 != 0), place // 71, -1 - place)
+    sees = (place[:, None] >= place) | (frame[:, None] == frame)
+    near = place[:, None] - place < gemma.scale.gemma_window
+    pairs = 6 * int((sees & near).sum()) + 2 * tokens * (tokens + 1) // 2
+    counted = scripts.flops.count_flops(gemma, 8).attention
+    assert counted == 4 * pairs * shape.num_heads * shape.head_dim
