@@ -40,7 +40,7 @@ def run_in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 class Meter:
-    """Measures the block under `with`: `wall_seconds`, `seconds` and `peak_bytes` above what was held before it.
+    """Measures the block under `with`: `wall_seconds`, `seconds` and `peak_bytes` above `held_bytes` before it.
 
     `seconds` is the process's CPU time on a CPU, which a busy machine disturbs less, and wall time on CUDA.
     `peak_bytes` is the resident peak on a CPU (None where the system does not tell) and the allocator's on CUDA;
@@ -53,7 +53,7 @@ class Meter:
     def __enter__(self) -> Meter:
         if self.cuda:
             torch.cuda.synchronize()
-        self._held = self._reset_peak() if self.memory else None
+        self.held_bytes = self._reset_peak() if self.memory else None
         self._wall, self._cpu = time.perf_counter(), time.process_time()
         return self
 
@@ -62,7 +62,7 @@ class Meter:
             torch.cuda.synchronize()
         self.wall_seconds = time.perf_counter() - self._wall
         self.seconds = self.wall_seconds if self.cuda else time.process_time() - self._cpu
-        self.peak_bytes = None if self._held is None else self._read_peak() - self._held
+        self.peak_bytes = None if self.held_bytes is None else self._read_peak() - self.held_bytes
 
     def figures(self) -> dict[str, float | int | None]:
         """What was measured, for a result file."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -174,21 +175,28 @@ def left_padding_mask(lengths: Tensor, width: int) -> Tensor:
     return (causal & real[:, None, None]) | torch.eye(width, dtype=torch.bool, device=lengths.device)
 
 
+@contextmanager
+def metered_merge_steps(device: str) -> Iterator[list[Meter]]:
+    """A meter for every merge step of the prefills under `with`."""
+    steps: list[Meter] = []
+
+    def measured_step(*args: Any) -> Any:
+        with Meter(device, memory=False) as meter:
+            tokens = merge_step(*args)
+        steps.append(meter)
+        return tokens
+
+    with mock.patch.object(decoder_elva, "merge_step", measured_step):
+        yield steps
+
+
 def run_merge_share(setting: Setting, schedule: Schedule, clip: Clip) -> Row:
     """Measure how much of prefill the merge steps take: similarity, choice of pairs, means, compaction."""
     size = setting.make()
     model = setting.model(size)
     inputs = setting.inputs([clip], size)
     warm_up(setting, size, model, [inputs], schedule)
-    steps: list[Meter] = []
-
-    def measured_step(*args: Any) -> Any:
-        with Meter(setting.device, memory=False) as meter:
-            tokens = merge_step(*args)
-        steps.append(meter)
-        return tokens
-
-    with mock.patch.object(decoder_elva, "merge_step", measured_step), Meter(setting.device) as whole:
+    with metered_merge_steps(setting.device) as steps, Meter(setting.device) as whole:
         first_token(model, inputs, schedule)
     merging = sum(step.seconds for step in steps)
     return {"seconds": whole.seconds, "merge_seconds": merging, "share": merging / whole.seconds, "steps": len(steps)}

@@ -57,7 +57,7 @@ class Size:
 
 
 def make_size(name: str) -> Size:
-    """`"tiny"` (for tests), `"small"` (for a CPU) or `"7b"` (the paper's, for a GPU)."""
+    """`"tiny"` (for tests), `"small"` or `"0.5b"` (for a CPU), `"1.5b"` or `"7b"` (the paper's, for a GPU)."""
     if name == "tiny":
         text = _qwen2(hidden=32, intermediate=64, layers=8, heads=4, kv_heads=2, vocab=64)
         config = ElvaConfig(text_config=text, patch_size=4, patch_embed_dim=32, patch_embed_num_heads=2, **_SPECIAL_IDS)
@@ -65,10 +65,14 @@ def make_size(name: str) -> Size:
     if name == "small":
         text = _qwen2(hidden=512, intermediate=2816, layers=12, heads=8, kv_heads=2, vocab=8192)
         return Size(ElvaConfig(text_config=text, **_SPECIAL_IDS), (1, 3, 6, 9))
-    return Size(ElvaConfig.from_preset("elva-7b"), (1, 7, 13, 19))
+    if name == "0.5b":  # the shape of Qwen2-0.5B
+        text = _qwen2(hidden=896, intermediate=4864, layers=24, heads=14, kv_heads=2, vocab=151936)
+        config = ElvaConfig(text_config={**text, "tie_word_embeddings": True}, **_SPECIAL_IDS)
+        return Size(config, (1, 6, 12, 18))
+    return Size(ElvaConfig.from_preset(f"elva-{name}"), (1, 7, 13, 19))
 
 
-SIZES = ("tiny", "small", "7b")
+SIZES = ("tiny", "small", "0.5b", "1.5b", "7b")
 
 
 @dataclass(frozen=True)
