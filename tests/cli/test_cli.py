@@ -20,7 +20,7 @@ from elva_hf import sampled_elva, video_processing_elva
 from elva_hf.cli import app, loading
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS
-from elva_hf.evaluation.toy_world import HELD_OUT_TASKS
+from elva_hf.evaluation.toy_world import HELD_OUT_TASKS, read_scores
 from elva_hf.training.lora import LoraOptions, add_lora
 
 FRAME_OPTIONS = {
@@ -266,7 +266,8 @@ def test_the_console_script_runs_quietly(folder, clip):
 def test_eval_prints_the_table_and_writes_the_scores(folder, tmp_path):
     out = succeeds("eval", "toy-world", "--model", folder, "--questions", 1, "--out", tmp_path / "scores.json")
     assert out.startswith("| task | n | mixed, arrays |")
-    assert len(json.loads((tmp_path / "scores.json").read_text())) == len(TASKS) + len(HELD_OUT_TASKS)
+    assert len(read_scores(tmp_path / "scores.json")) == len(TASKS) + len(HELD_OUT_TASKS)
+    assert json.loads((tmp_path / "scores.json").read_text())["split"] == "test"
 
 
 def test_eval_knows_its_benchmarks(folder):

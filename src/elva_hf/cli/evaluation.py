@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -51,4 +49,4 @@ def evaluate(
     for line in toy_world.missed_bars(scores):
         print(f"below the bar: {line}")
     if out is not None:
-        out.write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
+        toy_world.write_scores(scores, out, split=split)
