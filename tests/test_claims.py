@@ -184,6 +184,37 @@ def test_a_claim_goes_on_where_it_stopped(claims, protocol, tmp_path):
     assert protocol.Curve.from_dict(lines[0]["curve"]) == curve_of(protocol, [0.1], parameters=0)
 
 
+def test_what_two_claims_share_is_trained_once(claims, protocol, tmp_path):
+    budget, made = protocol.Budget(5), []
+    none = protocol.Variant("gen", teacher="looks+place")
+    mse = protocol.Variant("+mse", guidance={"tube_weight": 1.0}, teacher="looks+place")
+
+    def finish(name, *variants, stamp=STAMP, **fields):
+        claim = protocol.Claim(name, "", "", variants, (), (), replace(budget, **fields))
+        runs = claims.runs.plan_runs(claim, 2)
+        return claims.runs.finish_runs(runs, tmp_path / f"{name}.jsonl", train, stamp=stamp)
+
+    def train(run, folder):
+        made.append((run.claim, run.variant.name, run.seed))
+        return curve_of(protocol, [0.01 * len(made)])
+
+    first = finish("first", none, mse)
+    made.clear()
+    later = {**STAMP, "commit": "def"}
+    unguided = replace(none, name="no teacher", teacher="looks")  # whom nobody asks
+    other = replace(mse, name="other teacher", teacher="looks")
+    lines = finish("second", unguided, other, replace(mse, name="guided"), stamp=later)
+    assert made == [("second", "other teacher", 0), ("second", "other teacher", 1)]
+    assert [line["curve"] for line in lines[::3]] == [line["curve"] for line in first[::2]]
+    assert lines[0]["commit"] == "abc" and lines[1]["commit"] == "def" and lines[0]["made_for"] == "first"
+    assert [line["variant"]["name"] for line in lines[:3]] == ["no teacher", "other teacher", "guided"]
+    made.clear()
+    finish("third", none, batch_size=3)
+    finish("fourth", none, stamp={**STAMP, "device": "a GPU"})
+    finish("fifth", replace(none, share=0.5), replace(none, config={"patch_embed_type": "naive"}))
+    assert len(made) == 8
+
+
 WORKER = """
 import torch
 from claims.protocol import Curve

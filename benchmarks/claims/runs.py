@@ -101,6 +101,33 @@ def add_line(path: Path, line: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
+def find_same(run: Run, own: Path, device: str) -> dict[str, Any] | None:
+    """The line of another claim whose run was the same in all but its names: what two claims share is trained once.
+
+    Args:
+        run: One that has no line yet.
+        own: Lines of the run's claim, beside those of the others.
+        device: What the stamp of `run` says.
+    """
+    if run.base is not None:
+        return None
+    wanted = _what_runs(asdict(run), device)
+    for path in sorted(set(own.parent.glob("*.jsonl")) - {own}):
+        for line in read_lines(path).values():
+            if line["base"] is None and line["protocol"] == VERSION and _what_runs(line, line["device"]) == wanted:
+                return line
+    return None
+
+
+def _what_runs(line: Mapping[str, Any], device: str) -> dict[str, Any]:
+    """All that decides a result, without names, and without a teacher whom nobody asks."""
+    variant = {name: value for name, value in line["variant"].items() if name != "name"}
+    if variant["guidance"] is None:
+        del variant["teacher"]
+    what = {"variant": variant, "seed": line["seed"], "budget": line["budget"], "device": device}
+    return json.loads(json.dumps(what))
+
+
 def finish_runs(
     runs: Sequence[Run],
     path: Path,
@@ -110,7 +137,7 @@ def finish_runs(
     stamp: Mapping[str, Any],
     prepare: Prepare | None = None,
 ) -> list[dict[str, Any]]:
-    """Train what has no line yet, bases first.
+    """Train what has no line yet, bases first; a run that another claim has made is taken from there.
 
     Args:
         runs: Of one claim.
@@ -129,6 +156,10 @@ def finish_runs(
             written of a run that raised or was interrupted.
     """
     done, folder = read_lines(path), path.parent
+    for run in runs:
+        if run.key not in done and (same := find_same(run, path, stamp["device"])) is not None:
+            add_line(path, {**same, **asdict(run), "key": run.key, "device": same["device"], "made_for": same["claim"]})
+    done = read_lines(path)
     missing = [run for run in runs if run.key not in done]
     names = {run.variant.teacher for run in with_bases(missing) if run.variant.guidance is not None}
     if names:
