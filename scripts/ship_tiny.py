@@ -50,8 +50,9 @@ TRAINING = (
     "them through H.264. Loss: L_Gen, and an alignment to a hand-made, label-free teacher of 45 numbers a patch "
     "(looks, place, what moved): L_MSE (Eq. 2) for images; for clips the same error frame by frame, because a "
     "mean over frames hides motion. It favours these questions by construction. Stages 6 and 7 train with merging on, "
-    "stage 6 with L_Gen alone. Stages 4, 5 and 7 started from saved weights with a fresh task head. Digits are scikit-learn's; the test split holds out their images, and 30 of the 120 "
-    "combinations of colour, shape and pattern. Weights are stored in bfloat16."
+    "stage 6 with L_Gen alone. Stages 4, 5 and 7 started from saved weights with a fresh task head. Digits are "
+    "scikit-learn's; the test split holds out their images, and 30 of the 120 combinations of colour, "
+    "shape and pattern. Weights are stored in bfloat16."
 )
 EVALUATION = (
     "Test split, exact match of greedy answers (measured; `make eval` prints it again). Mixed scenes have one to "
