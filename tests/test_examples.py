@@ -65,17 +65,17 @@ def test_the_data_is_a_llava_file_of_clips(teach, tmp_path):
 def taught(teach, tmp_path_factory):
     """The example, scaled down: its table, and the folder in which `runs/orange` is what it left."""
     folder = tmp_path_factory.mktemp("taught")
-    sizes = {"clips": 96, "steps": 130, "batch-size": 6, "replay-questions": 3, "num-questions": 5, "new-questions": 30}
-    sizes["learning-rate"] = 5e-3  # so few steps need a higher one
+    sizes = {"clips": 96, "steps": 200, "batch-size": 6, "replay-questions": 3, "num-questions": 5, "new-questions": 30}
+    sizes["learning-rate"] = 3e-3  # so few steps need a higher one
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     return teach.main(["--out", str(folder / "runs" / "orange"), "--split", "validation", *options]), folder
 
 
 def test_the_checkpoint_learns_a_new_colour(taught):
-    """Bars, on 30 held-out questions of each task: 0 before, 0.6 after; what stands beside it is still seen."""
+    """Bars, on 30 held-out questions of each task: chance before, 0.6 after; what stands beside it is still seen."""
     before, after = taught[0]["before"], taught[0]["with replay"]
     for task in ("color", "shape"):
-        assert before[f"orange: {task}"] == 0
+        assert before[f"orange: {task}"] <= 0.1  # "What shape is orange?" has one answer of five
         assert after[f"orange: {task}"] >= 0.6, after
         assert after[f"beside orange: {task}"] >= before[f"beside orange: {task}"] - 0.35, after
     assert after["known: mean"] >= before["known: mean"] - 0.35, after  # so few steps forget more than the example's
