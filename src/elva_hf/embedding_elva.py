@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration_elva import ElvaConfig
 from .geometry_elva import VisualGeometry
@@ -100,6 +101,12 @@ class ElvaPatchEmbedding(nn.Module):
             else None
         )
         self.out_proj = nn.Linear(width, hidden_size)
+
+    def reset_own_parameters(self, config: ElvaConfig) -> None:
+        """Draw what is no weight of a linear layer."""
+        init.normal_(self.special_tokens, std=config.initializer_range)
+        if self.positions is not None:
+            init.normal_(self.positions, std=config.patch_embed_positions_std)
 
     def encode_pixels(self, pixel_values_videos: Tensor) -> Tensor:
         """First linear: `(P, 3 * patch_size**2)` normalised pixels to `(P, width)`; needs no geometry."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .configuration_elva import ElvaConfig
+from .configuration_elva import VideoDecoderConfig
 
 MAX_LOGIT_SCALE = 100.0
 """Ceiling of Eq. 3's tau, as in CLIP."""
@@ -27,7 +27,7 @@ class ElvaGuidance(nn.Module):
         logit_scale: `(1,)` logarithm of tau, or None.
     """
 
-    def __init__(self, config: ElvaConfig):
+    def __init__(self, config: VideoDecoderConfig):
         super().__init__()
         guidance, hidden = config.guidance, config.text_config.hidden_size
         self.logit_scale_init = guidance["logit_scale_init"]

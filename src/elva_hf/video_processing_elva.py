@@ -17,7 +17,7 @@ from .arrays_elva import array_fps
 from .decoding_elva import open_reader
 from .errors_elva import ConfigurationError, VideoError
 from .fitting_elva import Sample, choose_frames
-from .frames_elva import FrameSampling
+from .frames_elva import FULL_LAYOUT, FrameSampling
 from .options_elva import (
     SAMPLING_FIELDS,
     WINDOW_FIELDS,
@@ -70,6 +70,7 @@ class ElvaVideoProcessor(VideoProcessorMixin):
     """
 
     valid_kwargs = ElvaVideosKwargs
+    layout = FULL_LAYOUT  # how a frame is written in tokens
     model_input_names = ["pixel_values_videos"]
 
     def __init__(
@@ -254,6 +255,7 @@ class ElvaVideoProcessor(VideoProcessorMixin):
             timestamps=given.get("timestamps", self.timestamps),
             image_mean=tuple(_three(given.get("image_mean", self.image_mean), "image_mean")),
             image_std=tuple(_three(given.get("image_std", self.image_std), "image_std")),
+            layout=self.layout,
         )
 
     def resolve_budgets(self, **options: Any) -> Budgets:

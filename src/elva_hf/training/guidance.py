@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.geometry_elva import VisualGeometry, read_geometry
+from elva_hf.geometry_elva import VisualGeometry
 from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training.components import ComponentMeans, world_size
 from elva_hf.training.grad_cache import FrameFeatures
@@ -204,7 +204,7 @@ class GuidanceHook:
             self._call.terms = LossComponents()
             return
         ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        geometry = read_geometry(module.token_kinds(ids, embeddings))
+        geometry = module.read_geometry(ids, embeddings)
         hidden = output[0].flatten(0, 1)
         patches = hidden[:0] if geometry is None else hidden[geometry.patch_index]
         frames = hidden[:0] if geometry is None else hidden[geometry.frame_index]

@@ -27,7 +27,7 @@ from elva_hf.data.toy_teacher import busy_patches, teacher_features, teacher_wid
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import STAGGERED_SHARE, TASKS, questions, render, sample_scene, through_codec
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.geometry_elva import VisualGeometry, read_geometry
+from elva_hf.geometry_elva import VisualGeometry
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.losses import patch_alignment_loss, tube_alignment_loss, tubes_of_patches
@@ -155,7 +155,7 @@ class ToyTrainer(Trainer):
         )
         self.parts["loss_gen"].append(loss.item())
         if teacher is not None:
-            geometry = read_geometry(model.model.token_kinds(inputs["input_ids"]))
+            geometry = model.model.read_geometry(inputs["input_ids"])
             student = model.guidance.tube_head(outputs.hidden_states[-1].flatten(0, 1)[geometry.patch_index])
             error = self._align(student, teacher, geometry)
             self.parts["loss_mse"].append(error.item())
