@@ -17,7 +17,7 @@ def segment_softmax(scores: Tensor, segments: Tensor, num_segments: int) -> Tens
     """Softmax over the members of each segment, without padding.
 
     Args:
-        scores: `(P, H)` float32.
+        scores: `(P, H)` float32 or float64.
         segments: `(P,)` segment of each row, `0..num_segments-1`.
         num_segments: `S`.
 
@@ -43,10 +43,11 @@ def segment_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Ten
         num_segments: `S`.
 
     Returns:
-        `(S, H, d)` in the dtype of `values`; sums and softmax in float32.
+        `(S, H, d)` in the dtype of `values`; sums and softmax at least in float32.
     """
-    scores = torch.einsum("phd,hd->ph", keys.float(), query.float()) * query.shape[-1] ** -0.5
-    weighted = values.float() * segment_softmax(scores, segments, num_segments)[..., None]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    scores = torch.einsum("phd,hd->ph", keys.to(wide), query.to(wide)) * query.shape[-1] ** -0.5
+    weighted = values.to(wide) * segment_softmax(scores, segments, num_segments)[..., None]
     return weighted.new_zeros(num_segments, *values.shape[1:]).index_add(0, segments, weighted).to(values.dtype)
 
 

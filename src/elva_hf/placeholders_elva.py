@@ -42,6 +42,11 @@ class VisualTokens:
     video_end: str
     layout: FrameLayout = FULL_LAYOUT
 
+    @property
+    def written(self) -> list[str]:
+        """All of them."""
+        return [self.video, self.image, self.frame, self.line, self.video_start, self.video_end]
+
     def find(self, text: str) -> list[Slot]:
         """Kind and span of each placeholder."""
         pattern = "|".join(f"(?P<{kind}>(?<!{_MARK}){re.escape(getattr(self, kind))})" for kind in ("video", "image"))

@@ -23,12 +23,14 @@ class CompressedTokens:
         hidden: `(m, D)` the tokens that are left, in their order.
         kept: `(m,)` the indices they had, ascending.
         survivors: `(n,)` index, before compression, of the token that stands for each token.
+        new_index: `(n,)` the same after compression.
         lengths: Tokens left of each video.
     """
 
     hidden: Tensor
     kept: Tensor
     survivors: Tensor
+    new_index: Tensor
     lengths: list[int]
 
 
@@ -65,5 +67,5 @@ def compress_tokens(hidden: Tensor, chunks: Sequence[int], tokens: Sequence[int]
     inputs = [count * size for count, size in zip(chunks, tokens, strict=True)]
     lengths = [int(part.sum()) for part in alive.cpu().split(inputs)]
     sizes = torch.ones(len(hidden), device=hidden.device)
-    merged, _, kept, _ = merge_tokens(hidden, sizes, survivors, sum(lengths))
-    return CompressedTokens(merged, kept, survivors, lengths)
+    merged, _, kept, new_index = merge_tokens(hidden, sizes, survivors, sum(lengths))
+    return CompressedTokens(merged, kept, survivors, new_index, lengths)

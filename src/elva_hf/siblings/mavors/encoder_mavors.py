@@ -91,22 +91,34 @@ def pool_tokens(hidden: Tensor, rows: int, columns: int, pool_size: int = 2) -> 
     return pooled.flatten(2).transpose(1, 2)
 
 
-def split_squares(pixels: Tensor, rows: int, columns: int, pool_size: int = 2) -> Tensor:
-    """Cut the square of pixels that each token stands for into the tower's patches, row by row of the whole frame.
+def split_squares(pixels: Tensor, pool_size: int = 2) -> Tensor:
+    """Cut the square of pixels that a token stands for into the patches of the tower.
 
     Args:
-        pixels: `(..., rows * columns, 3 * s * s)`, a square for each token; inside a square channel, row, column.
-        rows: Of tokens.
-        columns: Likewise.
+        pixels: `(..., 3 * s * s)`; inside a square channel, row, column.
         pool_size: Side of a square in patches.
 
     Returns:
-        `(..., rows * columns * pool_size**2, 3 * p * p)` with `p = s / pool_size`.
+        `(..., pool_size**2, 3 * p * p)` with `p = s / pool_size`, row by row.
     """
     side = round((pixels.shape[-1] // 3) ** 0.5) // pool_size
-    squares = pixels.reshape(-1, rows, columns, 3, pool_size, side, pool_size, side)
-    patches = squares.permute(0, 1, 4, 2, 6, 3, 5, 7)
-    return patches.reshape(*pixels.shape[:-2], rows * columns * pool_size**2, 3 * side**2)
+    squares = pixels.unflatten(-1, (3, pool_size, side, pool_size, side))
+    return squares.movedim((-4, -2), (-5, -4)).flatten(-5, -4).flatten(-3)
+
+
+def join_squares(features: Tensor, rows: int, columns: int) -> Tensor:
+    """Put the patches of the squares of a frame in the order of the frame.
+
+    Args:
+        features: `(C, rows * columns, pool_size**2, D)`, row by row.
+        rows: Of squares.
+        columns: Likewise.
+
+    Returns:
+        `(C, rows * columns * pool_size**2, D)`, row by row.
+    """
+    side = round(features.shape[2] ** 0.5)
+    return features.unflatten(1, (rows, columns)).unflatten(3, (side, side)).transpose(2, 3).flatten(1, 4)
 
 
 class MavorsPatchEmbedding(nn.Module):
@@ -148,22 +160,25 @@ class MavorsChunkEncoder(nn.Module):
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
-        """Encode chunks of one shape.
+    def forward(self, patches: Tensor, rows: int, columns: int) -> Tensor:
+        """Encode chunks of one grid.
 
         Args:
-            pixels: `(C, T, rows * columns, 3 * p * p)` normalised patches; an image is a chunk of one frame.
+            patches: `(C, rows * columns, D)` from `patch_embedding`, row by row.
             rows: Rows of patches of a frame.
             columns: Columns of patches of a frame.
 
         Returns:
             `(C, tokens, D)` tokens of each chunk, row by row.
         """
-        parts = [self.encode_patches(part, rows, columns) for part in pixels.split(CHUNKS_AT_ONCE)]
+        parts = [self.encode_patches(part, rows, columns) for part in patches.split(CHUNKS_AT_ONCE)]
         return pool_tokens(torch.cat(parts), rows, columns, self.pool_size)
 
-    def encode_patches(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+    def encode_patches(self, patches: Tensor, rows: int, columns: int) -> Tensor:
         """The same before pooling, `(C, rows * columns, D)`: the tower's last hidden state."""
-        positions = resize_positions(self.position_embedding.weight, rows, columns)
-        hidden = self.patch_embedding(pixels) + positions
+        hidden = patches + resize_positions(self.position_embedding.weight, rows, columns)
         return self.post_layernorm(self.encoder(inputs_embeds=hidden).last_hidden_state)
+
+    def encode_pixels(self, pixels: Tensor, rows: int, columns: int) -> Tensor:
+        """`encode_patches` from pixels, `(C, T, rows * columns, 3 * p * p)`; an image is a chunk of one frame."""
+        return self.encode_patches(self.patch_embedding(pixels), rows, columns)
