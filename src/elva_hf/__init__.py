@@ -33,6 +33,9 @@ from elva_hf.options_elva import VideoClip
 from elva_hf.pipeline_elva import ElvaPipeline, register_pipeline
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.schedule_elva import MergeSchedule, MergeStep
+from elva_hf.siblings.mavors.configuration_mavors import MavorsConfig
+from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM, MavorsModel
+from elva_hf.siblings.mavors.processing_mavors import MavorsProcessor, MavorsVideoProcessor
 from elva_hf.siblings.video_panda.configuration_video_panda import VideoPandaConfig
 from elva_hf.siblings.video_panda.modeling_video_panda import VideoPandaForCausalLM, VideoPandaModel
 from elva_hf.siblings.video_panda.processing_video_panda import VideoPandaProcessor, VideoPandaVideoProcessor
@@ -53,6 +56,11 @@ __all__ = [
     "ElvaPreTrainedModel",
     "ElvaProcessor",
     "ElvaVideoProcessor",
+    "MavorsConfig",
+    "MavorsForCausalLM",
+    "MavorsModel",
+    "MavorsProcessor",
+    "MavorsVideoProcessor",
     "MergeSchedule",
     "MergeStep",
     "PlaceholderError",

@@ -8,6 +8,9 @@ from elva_hf.configuration_elva import ElvaConfig, VideoDecoderConfig
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel
 from elva_hf.processing_elva import ElvaProcessor
+from elva_hf.siblings.mavors.configuration_mavors import MavorsConfig
+from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM, MavorsModel
+from elva_hf.siblings.mavors.processing_mavors import MavorsProcessor, MavorsVideoProcessor
 from elva_hf.siblings.video_panda.configuration_video_panda import VideoPandaConfig
 from elva_hf.siblings.video_panda.modeling_video_panda import VideoPandaForCausalLM, VideoPandaModel
 from elva_hf.siblings.video_panda.processing_video_panda import VideoPandaProcessor, VideoPandaVideoProcessor
@@ -34,6 +37,7 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES = {
     "elva": Architecture(ElvaConfig, ElvaModel, ElvaForCausalLM, ElvaProcessor, ElvaVideoProcessor),
+    "mavors": Architecture(MavorsConfig, MavorsModel, MavorsForCausalLM, MavorsProcessor, MavorsVideoProcessor),
     "video-panda": Architecture(
         VideoPandaConfig, VideoPandaModel, VideoPandaForCausalLM, VideoPandaProcessor, VideoPandaVideoProcessor
     ),

@@ -83,7 +83,8 @@ class ElvaCausalLMOutputWithPast(CausalLMOutputWithPast):
 class ElvaPreTrainedModel(PreTrainedModel):
     """What transformers must know of every class here.
 
-    A module that starts otherwise than transformers would have it has `reset_own_parameters(config)`.
+    A module that starts otherwise than transformers would have it has `reset_own_parameters(config)`. It must hold
+    parameters itself: in packages like this one transformers passes over modules that do not.
     """
 
     config: VideoDecoderConfig

@@ -132,7 +132,7 @@ def time_marks(video: SampledVideo) -> list[str]:
         VideoError: A video without times.
     """
     if video.info.is_image:
-        return [""] * video.num_frames
+        return [""] * len(video.grids)
     if video.times is None:
         raise VideoError(
             f"timestamps=True needs a video with known times, and {video.info.source} has none;",

@@ -12,7 +12,7 @@ and assistants, the loss, saving and loading, LoRA, gradient checkpointing, guid
   alone, as ELVA's does. `reset_own_parameters(config)` draws what is no weight of a linear layer.
 - `ForCausalLM.base_model_class`, and in its video processor `layout`.
 
-Tokens: what a sibling puts before the patches of a frame stands under `<FRAME>`, what closes a row under `<LINE>`. Where
-it has no such token, the id marks a patch (`layout_elva.FrameLayout`), because the ids must still tell the grid. Frames
-that become one visual unit (`chunk_size`) are written once, as one frame of the geometry.
+Tokens: what a sibling puts before the patches of a frame stands under `<FRAME>`, what closes a row under `<LINE>`.
+Where it has no such token, the id marks a patch (`layout_elva.FrameLayout`), because the ids must still tell the grid.
+Frames that become one visual unit (`chunk_size`) are written once, as one frame of the geometry.
 """

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import initialization as init
 
 from elva_hf.embedding_elva import segment_attention
@@ -99,6 +99,15 @@ class StabAttention(nn.Module):
         return self.o_proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero; transformers asks only modules with parameters of their own how they start."""
+
+    def reset_own_parameters(self, config: VideoPandaConfig) -> None:
+        """Set it to zero."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
 class LocalSpatioTemporalEncoding(nn.Module):
     """LSTE: a bottleneck of convolutions over time, and the dynamic position encoding of UniFormer (Eqs. 2-3).
 
@@ -112,13 +121,8 @@ class LocalSpatioTemporalEncoding(nn.Module):
         self.norm = nn.LayerNorm(width) if config.reference_blocks else nn.Identity()
         self.reduce = nn.Linear(width, inner)  # 1 x 1 x 1
         self.temporal = nn.Conv3d(inner, inner, (3, 1, 1), padding=(1, 0, 0), groups=inner)
-        self.restore = nn.Linear(inner, width)  # 1 x 1 x 1
+        self.restore = ZeroLinear(inner, width)  # 1 x 1 x 1
         self.position = nn.Conv3d(width, width, 3, padding=1, groups=width)  # DPE
-
-    def reset_own_parameters(self, config: VideoPandaConfig) -> None:
-        """Start as the identity but for the position encoding."""
-        init.zeros_(self.restore.weight)
-        init.zeros_(self.restore.bias)
 
     def forward(self, clips: Tensor) -> Tensor:
         """Encode clips `(C, T, h, w, d)`; the same shape comes back."""
