@@ -10,6 +10,7 @@ from elva_hf.siblings.mavors.encoder_mavors import (
     MavorsChunkEncoder,
     chunk_kernel,
     embed_chunks,
+    join_squares,
     pool_tokens,
     resize_positions,
     split_squares,
@@ -25,6 +26,10 @@ def still(rows, columns, frames=FRAMES, dtype=torch.float64):
     return patches(frame).expand(1, frames, -1, -1), frame
 
 
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)
+
+
 def relative(actual, expected):
     return float((actual - expected).abs().max() / expected.abs().max())
 
@@ -37,7 +42,7 @@ def test_a_chunk_of_equal_frames_gives_the_towers_last_hidden_state(rows, column
     pixels, frame = still(rows, columns, dtype=dtype)
     expected = source(frame, interpolate_pos_encoding=True).last_hidden_state
     assert float(source.embeddings.patch_embedding.bias.abs().min()) > 0
-    assert relative(chunk_encoder(source).encode_patches(pixels, rows, columns), expected) <= bound
+    assert relative(chunk_encoder(source).encode_pixels(pixels, rows, columns), expected) <= bound
 
 
 @torch.no_grad()
@@ -49,7 +54,7 @@ def test_equation_1_read_literally_would_not(monkeypatch):
     pixels, frame = still(*GRIDS[0])
     monkeypatch.setattr(encoder_mavors, "embed_chunks", literally)
     expected = source(frame).last_hidden_state
-    assert relative(chunk_encoder(source).encode_patches(pixels, *GRIDS[0]), expected) > 0.1
+    assert relative(chunk_encoder(source).encode_pixels(pixels, *GRIDS[0]), expected) > 0.1
 
 
 @torch.no_grad()
@@ -61,7 +66,7 @@ def test_without_a_bias_both_readings_agree_so_tests_must_fill_it(monkeypatch):
     monkeypatch.setattr(
         encoder_mavors, "embed_chunks", lambda pixels, weight, bias, short: embed_chunks(pixels, weight, bias / FRAMES)
     )
-    assert relative(encoder.encode_patches(pixels, *GRIDS[0]), source(frame).last_hidden_state) <= 1e-10
+    assert relative(encoder.encode_pixels(pixels, *GRIDS[0]), source(frame).last_hidden_state) <= 1e-10
 
 
 @pytest.mark.parametrize("short_chunk", ["repeat", "mean"])
@@ -69,7 +74,7 @@ def test_without_a_bias_both_readings_agree_so_tests_must_fill_it(monkeypatch):
 def test_an_image_equals_its_16_copies(short_chunk):
     encoder = chunk_encoder(short_chunk=short_chunk)
     copies, _ = still(4, 6)
-    torch.testing.assert_close(encoder(copies[:, :1], 4, 6), encoder(copies, 4, 6), atol=1e-12, rtol=0)
+    assert_same(encoder.encode_pixels(copies[:, :1], 4, 6), encoder.encode_pixels(copies, 4, 6))
 
 
 @torch.no_grad()
@@ -77,7 +82,7 @@ def test_an_image_equals_its_copies_after_training_too():
     encoder = chunk_encoder()
     nn.init.normal_(encoder.patch_embedding.weight, std=0.1)  # every frame has a kernel of its own now
     copies, _ = still(4, 6)
-    torch.testing.assert_close(encoder(copies[:, :1], 4, 6), encoder(copies, 4, 6), atol=1e-12, rtol=0)
+    assert_same(encoder.encode_pixels(copies[:, :1], 4, 6), encoder.encode_pixels(copies, 4, 6))
 
 
 @torch.no_grad()
@@ -86,7 +91,7 @@ def test_a_short_chunk_equals_one_whose_last_frame_is_repeated():
     nn.init.normal_(encoder.patch_embedding.weight, std=0.1)
     frames = torch.stack([patches(image(4, 6, seed=seed)) for seed in range(5)])[None]
     padded = torch.cat([frames, frames[:, -1:].expand(-1, FRAMES - 5, -1, -1)], 1)
-    torch.testing.assert_close(encoder(frames, 4, 6), encoder(padded, 4, 6), atol=1e-12, rtol=0)
+    assert_same(encoder.encode_pixels(frames, 4, 6), encoder.encode_pixels(padded, 4, 6))
 
 
 @torch.no_grad()
@@ -113,9 +118,9 @@ def test_inflated_and_untrained_the_encoder_is_blind_to_the_order_of_frames():
     frames = torch.stack([patches(image(4, 6, seed=seed)) for seed in range(FRAMES)])[None]
     shuffled = frames[:, torch.randperm(FRAMES)]
     encoder = chunk_encoder()
-    torch.testing.assert_close(encoder(shuffled, 4, 6), encoder(frames, 4, 6), atol=1e-12, rtol=0)
+    assert_same(encoder.encode_pixels(shuffled, 4, 6), encoder.encode_pixels(frames, 4, 6))
     nn.init.normal_(encoder.patch_embedding.weight, std=0.1)
-    assert float((encoder(shuffled, 4, 6) - encoder(frames, 4, 6)).abs().max()) > 1e-3
+    assert float((encoder.encode_pixels(shuffled, 4, 6) - encoder.encode_pixels(frames, 4, 6)).abs().max()) > 1e-3
 
 
 def test_the_kernel_of_fewer_frames_holds_the_weight_of_all():
@@ -150,12 +155,12 @@ def test_pooling_averages_what_a_square_has():
 def test_squares_of_tokens_are_cut_into_the_patches_of_the_frame():
     frame = image(4, 6)
     squares = nn.functional.unfold(frame, 2 * PATCH, stride=2 * PATCH)[0].T
-    assert torch.equal(split_squares(squares[None, None], 2, 3)[0, 0], patches(frame))
+    assert torch.equal(join_squares(split_squares(squares)[None], 2, 3)[0], patches(frame))
 
 
 def test_gradients_reach_every_weight():
     encoder = chunk_encoder()
-    encoder(torch.randn(2, 3, 24, 3 * PATCH**2).double(), 4, 6).square().sum().backward()
+    encoder(encoder.patch_embedding(torch.randn(2, 3, 24, 3 * PATCH**2).double()), 4, 6).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in encoder.parameters())
 
 
@@ -163,7 +168,7 @@ def test_gradients_reach_every_weight():
 def test_chunks_encoded_together_equal_chunks_alone(monkeypatch):
     monkeypatch.setattr(encoder_mavors, "CHUNKS_AT_ONCE", 2)
     encoder = chunk_encoder()
-    chunks = torch.randn(5, 3, 24, 3 * PATCH**2).double()
+    chunks = encoder.patch_embedding(torch.randn(5, 3, 24, 3 * PATCH**2).double())
     alone = torch.cat([encoder(chunk[None], 4, 6) for chunk in chunks])
     torch.testing.assert_close(encoder(chunks, 4, 6), alone, atol=1e-12, rtol=0)
 

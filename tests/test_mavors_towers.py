@@ -62,7 +62,7 @@ def test_every_kind_of_file_gives_the_towers_features(saved, kind):
         torch.manual_seed(1)
         load_tower(encoder, read_tower_weights(path))
         pixels = patches(frame).expand(1, 16, -1, -1)
-        torch.testing.assert_close(encoder.encode_patches(pixels, 6, 6), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(encoder.encode_pixels(pixels, 6, 6), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_four_kinds_differ_in_their_names(saved):

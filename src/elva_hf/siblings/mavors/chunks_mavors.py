@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from ...errors_elva import ConfigurationError
+from elva_hf.errors_elva import ConfigurationError
 
 POSITION_UNIT = 1_000_000
 """Parts of a chunk in which positions are counted: whole numbers, which no cast to half precision can round."""
@@ -22,7 +22,9 @@ class Box(NamedTuple):
     height: int
 
 
-def fit_size(height: int, width: int, *, image_size: int, multiple: int) -> tuple[int, int]:
+def fit_size(
+    height: int, width: int, *, image_size: int, multiple: int, longest_edge: int | None = None
+) -> tuple[int, int]:
     """Choose the size of a frame: its aspect, as many pixels as the tower was trained on, never enlarged (section 3.5).
 
     Args:
@@ -30,6 +32,7 @@ def fit_size(height: int, width: int, *, image_size: int, multiple: int) -> tupl
         width: Pixels of the source.
         image_size: Side of the tower's square training images in pixels, R_v.
         multiple: What the sides are rounded to, half up: patches that are pooled into one token, in pixels.
+        longest_edge: Most pixels the longer side may have, a multiple of `multiple`; None for no limit.
 
     Returns:
         `(height, width)`; a side shorter than `multiple` gets that.
@@ -41,6 +44,8 @@ def fit_size(height: int, width: int, *, image_size: int, multiple: int) -> tupl
     if height < 1 or width < 1:
         raise ConfigurationError(f"a frame of {height}x{width} pixels has no size; both sides must be at least 1.")
     scale = min(1.0, image_size / math.sqrt(height * width))
+    if longest_edge is not None:
+        scale = min(scale, longest_edge / max(height, width))
     rows, columns = (max(1, math.floor(side * scale / multiple + 0.5)) for side in (height, width))
     return rows * multiple, columns * multiple
 
@@ -87,7 +92,7 @@ def place_chunks(times: Sequence[float] | None, num_frames: int, *, chunk_frames
 
     Returns:
         Per chunk its distance from the first, in units of `1 / POSITION_UNIT` of a chunk: 0, 1, 2, ... chunks for a
-        video at `fps`, 0, a, 2a, ... for one played a times faster.
+        video at `fps`, 0, a, 2a, ... for one played a times faster. They increase even where times do not.
 
     Example:
         >>> place_chunks([frame / 2 for frame in range(40)], 40, chunk_frames=16, fps=2)
@@ -96,7 +101,11 @@ def place_chunks(times: Sequence[float] | None, num_frames: int, *, chunk_frames
     firsts = range(0, num_frames, chunk_frames)
     if times is None:
         return [first // chunk_frames * POSITION_UNIT for first in firsts]
-    return [round((times[first] - times[0]) * fps / chunk_frames * POSITION_UNIT) for first in firsts]
+    placed: list[int] = []
+    for first in firsts:
+        position = round((times[first] - times[0]) * fps / chunk_frames * POSITION_UNIT)
+        placed.append(max(position, placed[-1] + 1) if placed else 0)
+    return placed
 
 
 def partition_image(height: int, width: int, *, image_size: int, max_sub_images: int | None = None) -> tuple[int, int]:

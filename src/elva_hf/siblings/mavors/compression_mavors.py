@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...merging_elva import find_survivors, link_tubes, merge_above, merge_tokens, similarity_to_next
+from elva_hf.merging_elva import find_survivors, link_tubes, merge_above, merge_tokens, similarity_to_next
 
 
 @dataclass(frozen=True)

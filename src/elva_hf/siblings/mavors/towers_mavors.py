@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import SiglipVisionConfig
 
-from ...errors_elva import CheckpointError
-from .encoder_mavors import MavorsChunkEncoder
+from elva_hf.errors_elva import CheckpointError
+from elva_hf.siblings.mavors.encoder_mavors import MavorsChunkEncoder
 
 _ANCHOR = "embeddings.patch_embedding.weight"  # every tower has it, and nothing else does
 _PARTS = ("embeddings.", "encoder.", "post_layernorm.")
