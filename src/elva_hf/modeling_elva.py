@@ -36,7 +36,7 @@ from .geometry_elva import (
     token_kinds_from_embeddings,
 )
 from .guidance_elva import ElvaGuidance
-from .merging_elva import MergeMap
+from .merging_elva import InputMerge, MergeMap
 from .packing_elva import count_questions
 from .schedule_elva import MergeSchedule
 
@@ -224,8 +224,9 @@ class ElvaModel(ElvaPreTrainedModel):
         geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        merged = None
         if geometry is not None:
-            inputs_embeds = self._place_visual_embeddings(inputs_embeds, features, geometry)
+            inputs_embeds, merged = self._place_visual_embeddings(inputs_embeds, features, geometry)
         elif self.training and torch.is_grad_enabled():
             inputs_embeds = inputs_embeds + self._unused_patch_embedding(inputs_embeds)
         inputs = {
@@ -235,7 +236,9 @@ class ElvaModel(ElvaPreTrainedModel):
             "past_key_values": past_key_values,
         }
         can_merge = geometry is not None and geometry.num_patches > 0
-        packs = can_merge and (schedule or has_merged(past_key_values) or self._packs_unmerged(inputs, kwargs))
+        packs = can_merge and (
+            schedule or merged is not None or has_merged(past_key_values) or self._packs_unmerged(inputs, kwargs)
+        )
         if not packs and not has_merged(past_key_values) and segment_ids is None:
             outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
             return ElvaModelOutputWithPast(**outputs)
@@ -249,6 +252,7 @@ class ElvaModel(ElvaPreTrainedModel):
                 use_cache=use_cache,
                 frame_index=geometry.frame_numbers if output_merge_map and can_merge else None,
                 **self._read_rows(inputs, geometry, schedule, segment_ids),
+                merged=merged,
                 output_hidden_states=states,
                 output_merge_map=output_merge_map,
                 **kwargs,
@@ -402,11 +406,14 @@ class ElvaModel(ElvaPreTrainedModel):
         embeddings = torch.cat(self.patch_embed(self.patch_embed.encode_pixels(pixels), geometry))
         return (embeddings.sum() * 0.0).to(inputs_embeds.dtype)
 
-    def _place_visual_embeddings(self, inputs_embeds: Tensor, features: Tensor, geometry: VisualGeometry) -> Tensor:
+    def _place_visual_embeddings(
+        self, inputs_embeds: Tensor, features: Tensor, geometry: VisualGeometry
+    ) -> tuple[Tensor, InputMerge | None]:
+        """Put the embeddings of visual tokens in their places; with them what merged on the way, which ELVA has not."""
         features = features.to(inputs_embeds.device)
         embeddings = torch.cat(self.patch_embed(features, geometry)).to(inputs_embeds.dtype)
         where = torch.cat([geometry.patch_index, geometry.frame_index, geometry.line_index])
-        return inputs_embeds.flatten(0, 1).index_copy(0, where, embeddings).view_as(inputs_embeds)
+        return inputs_embeds.flatten(0, 1).index_copy(0, where, embeddings).view_as(inputs_embeds), None
 
 
 class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any, Self
 
+import torch
+from torch import Tensor
+
+from elva_hf.merging_elva import InputMerge
 from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel
 from elva_hf.siblings.mavors.configuration_mavors import MavorsConfig
 from elva_hf.siblings.mavors.towers_mavors import load_tower, read_tower_config, read_tower_weights
-from elva_hf.siblings.mavors.vision_mavors import MavorsVisionEncoder
+from elva_hf.siblings.mavors.vision_mavors import ChunkGeometry, MavorsVisionEncoder
 
 
 class MavorsModel(ElvaModel):
@@ -17,6 +21,26 @@ class MavorsModel(ElvaModel):
     config: MavorsConfig
     config_class = MavorsConfig
     patch_embed_class = MavorsVisionEncoder
+
+    def _geometry(
+        self, input_ids: Any, inputs_embeds: Any, cache: Any, features: Any, attention_mask: Any = None
+    ) -> Any:
+        geometry = super()._geometry(input_ids, inputs_embeds, cache, features, attention_mask)
+        return geometry if geometry is None else ChunkGeometry.split(geometry, features)
+
+    def _place_visual_embeddings(
+        self, inputs_embeds: Tensor, features: Tensor, geometry: ChunkGeometry
+    ) -> tuple[Tensor, InputMerge | None]:
+        features = features.to(inputs_embeds.device)
+        embeddings, compressed = self.patch_embed.encode_chunks(features, geometry.sequences)
+        places = geometry.patch_index
+        placed = inputs_embeds.flatten(0, 1).index_copy(0, places, embeddings.to(inputs_embeds.dtype))
+        merged = None
+        if compressed is not None:
+            own = torch.arange(len(placed), device=places.device)
+            survivors = own.index_copy(0, places, places[compressed.survivors]).view(inputs_embeds.shape[:2])
+            merged = InputMerge(survivors, geometry.tubes().tail)
+        return placed.view_as(inputs_embeds), merged
 
 
 class MavorsForCausalLM(ElvaForCausalLM):

@@ -6,7 +6,7 @@ Letters: `R` rows of pixels, `n` tokens, `C` chunks, `D` width of the tower, `P`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ class Sequences:
 
         A chunk at position 0, or in another video than the one before, starts a sequence.
         """
+        if isinstance(geometry, ChunkGeometry):
+            return geometry.sequences
         host = geometry.host or geometry
         grids = list(zip(host.frame_rows.tolist(), host.frame_columns.tolist(), strict=True))
         sizes = (host.frame_rows * host.frame_columns).cumsum(0)
@@ -93,6 +95,30 @@ class Sequences:
         return (self.positions.double() / POSITION_UNIT).repeat_interleave(torch.tensor(self.chunk_tokens))
 
 
+@dataclass(frozen=True)
+class ChunkGeometry(VisualGeometry):
+    """Where every visual token stands, in which each sequence is a video of its own.
+
+    Args:
+        sequences: The chunks; None in the host's copy.
+    """
+
+    sequences: Sequences | None = None
+
+    @classmethod
+    def split(cls, geometry: VisualGeometry, features: Tensor) -> ChunkGeometry:
+        """Let no tube go from a sub-image to another: they show different places."""
+        sequences = Sequences.read(features, geometry)
+        host = geometry.host or geometry
+        number = sequences.numbers[host.patch_frame]
+        places = torch.stack([number, host.tube_ids.flatten()[host.patch_index]])
+        _, tubes = places.unique(dim=1, return_inverse=True)
+        ids = host.tube_ids.flatten().index_copy(0, host.patch_index, tubes).view_as(host.tube_ids)
+        host = replace(host, patch_video=number, tube_ids=ids, host=None)
+        moved = host.to(geometry.tube_ids.device)
+        return cls(**{field.name: getattr(moved, field.name) for field in fields(moved)}, sequences=sequences)
+
+
 class MavorsVisionEncoder(nn.Module):
     """All of Mavors before the decoder; takes the place of ELVA's patch embedding."""
 
@@ -104,7 +130,7 @@ class MavorsVisionEncoder(nn.Module):
         self.pool_size = config.pool_size
         self.rope = config.ifa_rope
         self.by_chunk = config.ifa_causality == "chunk"
-        self.threshold = config.chunk_similarity_threshold
+        self.config = config
         self.encoder = MavorsChunkEncoder(vision, config.chunk_frames, config.pool_size, config.short_chunk)
         self.aggregator = MavorsAggregator(
             vision,
@@ -173,11 +199,12 @@ class MavorsVisionEncoder(nn.Module):
         """
         hidden = self._encode_patches(features[:, :-DIGITS], sequences)
         positions = sequences.token_positions(self.rope)
-        if self.threshold is None:
+        threshold = self.config.chunk_similarity_threshold
+        if threshold is None:
             layout = ChunkLayout(sequences.chunk_lengths, self.by_chunk)
             return self.projector(self.aggregator(hidden, positions, layout)), None
         tokens = [chunks[0] for chunks in sequences.chunk_lengths]
-        merged = compress_tokens(hidden, sequences.chunk_counts, tokens, self.threshold)
+        merged = compress_tokens(hidden, sequences.chunk_counts, tokens, threshold)
         kept = merged.kept.cpu()
         chunk_of_token = torch.arange(len(sequences.grids)).repeat_interleave(torch.tensor(sequences.chunk_tokens))
         left = chunk_of_token[kept].bincount(minlength=len(sequences.grids)).tolist()
