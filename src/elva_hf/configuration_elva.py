@@ -31,13 +31,22 @@ SPECIAL_TOKENS = {
 
 TOKEN_ID_FIELDS = tuple(f"{name}_id" for name in SPECIAL_TOKENS)
 
+VIDEO_FIELDS = ("patch_size", "longest_edge", "low_res_longest_edge", "num_high_res_frames", "num_low_res_frames")
+"""Fields that a configuration and a video processor share."""
+
 GUIDANCE_DEFAULTS = {
     "tube_weight": 1.0,  # of L_MSE in Eq. 4
     "frame_weight": 1.0,  # of L_Con in Eq. 4
     "logit_scale_init": math.log(1 / 0.07),  # log tau of Eq. 3; CLIP's
     "mask_same_video": False,
+    "patch_weight": 0.0,  # of Video-Panda's distillation, its Eq. 19
+    "patch_loss": "cosine",  # or "mse", its Table 5
 }
 """Fields of `ElvaConfig.guidance` and their defaults; `teacher_width` has none."""
+
+
+PATCH_LOSSES = ("cosine", "mse")
+"""How a patch is compared with the teacher's: minus the cosine, or the mean squared error."""
 
 
 def complete_guidance(guidance: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -57,15 +66,21 @@ def complete_guidance(guidance: Mapping[str, Any] | None) -> dict[str, Any] | No
     width = complete.get("teacher_width")
     if not isinstance(width, int) or isinstance(width, bool) or width < 1:
         raise ConfigurationError(f"guidance: teacher_width={width!r}; expected the width of the teacher's features.")
-    for name in ("tube_weight", "frame_weight", "logit_scale_init"):
+    for name in ("tube_weight", "frame_weight", "patch_weight", "logit_scale_init"):
         value = complete[name]
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not number or (name.endswith("weight") and value < 0):
             raise ConfigurationError(f"guidance: {name}={value!r}; expected a finite number, for a weight at least 0.")
     if not isinstance(complete["mask_same_video"], bool):
         raise ConfigurationError(f"guidance: mask_same_video={complete['mask_same_video']!r}; expected true or false.")
-    if complete["tube_weight"] == complete["frame_weight"] == 0:
-        raise ConfigurationError("guidance: both weights are 0, which teaches nothing; use guidance=None.")
+    if complete["patch_loss"] not in PATCH_LOSSES:
+        raise ConfigurationError(
+            f"guidance: patch_loss={complete['patch_loss']!r}; expected one of {', '.join(PATCH_LOSSES)}."
+        )
+    if complete["tube_weight"] == complete["frame_weight"] == complete["patch_weight"] == 0:
+        raise ConfigurationError(
+            "guidance: both weights are 0, and patch_weight too, which teaches nothing; use guidance=None."
+        )
     return {name: complete[name] for name in known}
 
 
@@ -95,7 +110,8 @@ class VideoDecoderConfig(PreTrainedConfig):
         image_token_id: Placeholder of an image in text; the processor always expands it.
         guidance: How a vision teacher guides training (section 3.2), or None: `teacher_width`, the weights
             `tube_weight` (L_MSE) and `frame_weight` (L_Con) of Eq. 4, `logit_scale_init` (logarithm of tau of Eq. 3)
-            and `mask_same_video` (whether frames of one video are no negatives of each other).
+            and `mask_same_video` (whether frames of one video are no negatives of each other); `patch_weight` and
+            `patch_loss` (`"cosine"` or `"mse"`) of Video-Panda's distillation, patch by patch.
 
     Raises:
         ConfigurationError: A value no model can have.
@@ -180,6 +196,11 @@ class VideoDecoderConfig(PreTrainedConfig):
     def special_token_ids(self) -> list[int]:
         """Ids a model must never generate: all visual tokens and the image placeholder."""
         return [getattr(self, name) for name in TOKEN_ID_FIELDS]
+
+    @property
+    def video_options(self) -> dict[str, Any]:
+        """What a video processor must be told to make this model's inputs."""
+        return {name: getattr(self, name) for name in VIDEO_FIELDS}
 
     @property
     def frame_layout(self) -> FrameLayout:

@@ -234,8 +234,7 @@ def _geometry(
     if model is None:
         preset = preset or DEFAULT_PRESET
         config = ElvaConfig.from_preset(preset)
-        fields = {field: getattr(config, field) for field in loading.VIDEO_FIELDS}
-        return config, ElvaVideoProcessor(**fields), None, preset
+        return config, ElvaVideoProcessor(**config.video_options), None, preset
     checkpoint = loading.find_checkpoint(model)
     processor = loading.load_processor(checkpoint)
     return loading.load_config(checkpoint), processor.video_processor, processor, checkpoint

@@ -315,8 +315,7 @@ def _geometry(model: str | None, preset: str | None) -> tuple[ElvaConfig, ElvaVi
         if model is not None:
             raise ConfigurationError("--model and --preset exclude each other; keep one.")
         config = ElvaConfig.from_preset(preset)
-        fields = {field: getattr(config, field) for field in loading.VIDEO_FIELDS}
-        return config, ElvaVideoProcessor(**fields), None, preset
+        return config, ElvaVideoProcessor(**config.video_options), None, preset
     checkpoint = loading.find_checkpoint(model)
     config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
     return config, processor.video_processor, processor.tokenizer, checkpoint

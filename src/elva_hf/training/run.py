@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from elva_hf.architectures_elva import find_architecture
 from elva_hf.data.collator import ElvaCollator
 from elva_hf.data.datasets import ElvaDataset, ElvaStream
 from elva_hf.data.mixtures import Mixture, StreamingMixture
@@ -295,7 +296,7 @@ def unsharded(model: Any, state: dict[str, torch.Tensor]) -> ElvaForCausalLM:
         state: Its gathered weights.
     """
     with torch.device("meta"):
-        whole = ElvaForCausalLM(copy.deepcopy(model.config))
+        whole = find_architecture(model.config.model_type).causal_lm(copy.deepcopy(model.config))
     whole.load_state_dict(state, assign=True)
     whole.tie_weights()
     whole.generation_config = model.generation_config

@@ -23,18 +23,20 @@ class ModelSection:
     Args:
         path: Checkpoint of ours to start from.
         text_model: Text model to put a fresh visual front end on (Hub id or folder).
-        preset: Fresh random weights of a shape: `elva-1.5b`, `elva-7b`, `elva-7b-hd`, `tiny`.
+        architecture: What is built on a text model or a preset: `elva`, `mavors` or `video-panda`; a path says itself.
+        preset: Fresh random weights of a shape: `elva-1.5b`, `elva-7b`, `elva-7b-hd`, `tiny`; a sibling has its own.
         shape: Preset that a plan counts with while the weights are not at hand.
         tokenizer: Of a preset; the toy world's if None.
         dtype: Of the weights; float32 is what mixed precision and ZeRO keep a master copy of.
         attn_implementation: As in transformers.
         merge_schedule: Where tokens merge from this stage on (section 3.1); None keeps the checkpoint's.
         gradient_checkpointing: Recompute activations in the backward pass.
-        config: Other fields of `ElvaConfig`, of a fresh model.
+        config: Other fields of the configuration, of a fresh model.
     """
 
     path: str | None = None
     text_model: str | None = None
+    architecture: str = "elva"
     preset: str | None = None
     shape: str | None = None
     tokenizer: str | None = None
@@ -85,6 +87,8 @@ class GuidanceSection:
         cache: Folder of features written by `elva teach`.
         tube_weight: Weight of L_MSE (Eq. 4); 0 for none.
         frame_weight: Weight of L_Con (Eq. 4); 0 for none.
+        patch_weight: Weight of Video-Panda's distillation (its Eq. 19); 0 for none. Needs a teacher, not a cache.
+        patch_loss: `"cosine"` or `"mse"` (its Table 5).
         mask_same_video: Whether frames of the same video are no negatives of each other.
         grad_cache: Whether L_Con sees the whole step's frames, not a micro-batch's, for a second forward pass.
         teacher_dtype: Of the teacher's weights.
@@ -96,6 +100,8 @@ class GuidanceSection:
     cache: str | None = None
     tube_weight: float = 1.0
     frame_weight: float = 1.0
+    patch_weight: float = 0.0
+    patch_loss: Literal["cosine", "mse"] = "cosine"
     mask_same_video: bool = False
     grad_cache: bool = False
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -182,8 +188,8 @@ class Stage:
             raise ConfigurationError(f"model.{' and model.'.join(given)} are given; keep one of them.")
         _check_fractions(self.data)
         _check_frames(self.video)
-        if self.guidance is not None and not (self.guidance.tube_weight or self.guidance.frame_weight):
-            raise ConfigurationError("guidance.tube_weight and guidance.frame_weight are both 0; write guidance: null.")
+        if self.guidance is not None:
+            _check_guidance(self.guidance)
 
     def accumulation_steps(self, num_processes: int) -> int:
         """Micro-batches of an optimiser step on each GPU.
@@ -220,6 +226,15 @@ def _check_trainable(stage: Stage) -> None:
         raise ConfigurationError(f"trainable={stage.trainable}: expected all, or a list of {', '.join(PARTS)}.")
     if stage.lora is not None:
         raise ConfigurationError("trainable and lora are both given; modules_to_save of lora says what else trains.")
+
+
+def _check_guidance(guidance: GuidanceSection) -> None:
+    if not (guidance.tube_weight or guidance.frame_weight or guidance.patch_weight):
+        raise ConfigurationError(
+            "guidance.tube_weight and guidance.frame_weight are both 0, and patch_weight too; write guidance: null."
+        )
+    if guidance.patch_weight and guidance.teacher is None and guidance.cache is not None:
+        raise ConfigurationError("guidance.patch_weight needs guidance.teacher: a cache has no features of patches.")
 
 
 def _check_training(training: TrainingSection) -> None:

@@ -136,6 +136,11 @@ class VideoPandaConfig(VideoDecoderConfig):
         return int(self.stab_dim / self.lste_reduction)
 
     @property
+    def video_options(self) -> dict[str, Any]:
+        """What a video processor must be told to make this model's inputs."""
+        return {**super().video_options, "row_tokens": self.row_tokens}
+
+    @property
     def frame_layout(self) -> FrameLayout:
         """`<FRAME>` stands for the context token of a frame (Eq. 16), `<LINE>` for the row token, if there is one."""
         return FrameLayout(line_token=self.row_tokens)
