@@ -12,7 +12,8 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
+from transformers import PreTrainedConfig, SiglipVisionConfig
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -105,6 +106,15 @@ def _attend_by_chunk(query: Tensor, key: Tensor, value: Tensor, layout: ChunkLay
     return torch.cat(seen)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero."""
+
+    def reset_own_parameters(self, config: PreTrainedConfig) -> None:
+        """Set it to zero."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
 class MavorsAttention(nn.Module):
     """Projections around `attend_causally`; the output projection starts at zero.
 
@@ -119,7 +129,7 @@ class MavorsAttention(nn.Module):
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = ZeroLinear(width, width)
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: ChunkLayout) -> Tensor:
         """`(n, D)` to `(n, D)`."""
@@ -136,7 +146,7 @@ class MavorsMLP(nn.Module):
         super().__init__()
         self.activation = ACT2FN[activation]
         self.fc1 = nn.Linear(width, intermediate_size)
-        self.fc2 = nn.Linear(intermediate_size, width)
+        self.fc2 = ZeroLinear(intermediate_size, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.fc2(self.activation(self.fc1(hidden)))

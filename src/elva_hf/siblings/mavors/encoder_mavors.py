@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
+from transformers import PreTrainedConfig, SiglipVisionConfig
+from transformers import initialization as init
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 CHUNKS_AT_ONCE = 8
@@ -136,6 +137,11 @@ class MavorsPatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size, config.num_channels, chunk_frames, side, side))
         self.bias = nn.Parameter(torch.empty(config.hidden_size))
         self.short_chunk = short_chunk
+
+    def reset_own_parameters(self, config: PreTrainedConfig) -> None:
+        """Draw kernels that no tower has been loaded into."""
+        init.normal_(self.weight, std=config.initializer_range)
+        init.zeros_(self.bias)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See `embed_chunks`."""

@@ -220,6 +220,10 @@ class MavorsVideoProcessor(ElvaVideoProcessor):
                 for video in opened
             ]
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, which leaves out what is None; here that means no limit."""
+        return {**super().to_dict(), "max_sub_images": self.max_sub_images}
+
     def rows_of(self, video: OpenVideo, sampled: SampledVideo) -> tuple[int, int]:
         """Shape of the rows of `pixel_values_videos` that stand for a video; see `rows_mavors`."""
         return video.rows_of(sampled)

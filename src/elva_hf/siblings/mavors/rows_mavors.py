@@ -61,8 +61,9 @@ def find_tokens(frames: Tensor) -> tuple[Tensor, Tensor]:
     """
     starts = (frames == 0).nonzero().squeeze(1)
     counts = torch.diff(starts, append=torch.tensor([len(frames)]))
-    expected = torch.arange(len(frames)) - starts.repeat_interleave(counts) if len(starts) else frames[:0]
-    if len(expected) != len(frames) or bool((expected != frames).any()):
+    here = torch.arange(len(frames))
+    last = torch.where(frames == 0, here, -1).cummax(0).values
+    if bool((last < 0).any()) or bool((here - last != frames).any()):
         raise PlaceholderError(
             "the frames of a token in pixel_values_videos do not count up from 0; pass what the processor made, whole "
             "and in its order."

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from elva_hf.geometry_elva import VisualGeometry
 from elva_hf.siblings.mavors.aggregator_mavors import ChunkLayout, MavorsAggregator
@@ -142,16 +141,6 @@ class MavorsVisionEncoder(nn.Module):
         self.projector = nn.Sequential(
             nn.Linear(vision.hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
         )
-
-    def reset_own_parameters(self, config: MavorsConfig) -> None:
-        """Draw the 3-D kernels and the position table; let the aggregator start as if it were not there (Table 3)."""
-        init.normal_(self.encoder.patch_embedding.weight, std=config.initializer_range)
-        init.zeros_(self.encoder.patch_embedding.bias)
-        init.normal_(self.encoder.position_embedding.weight, std=config.vision_config.hidden_size**-0.5)
-        for layer in self.aggregator.layers:
-            for projection in (layer.self_attn.out_proj, layer.mlp.fc2):
-                init.zeros_(projection.weight)
-                init.zeros_(projection.bias)
 
     def encode_pixels(self, pixel_values_videos: Tensor) -> Tensor:
         """Eq. 1, which needs no geometry.
