@@ -202,6 +202,11 @@ class VideoDecoderConfig(PreTrainedConfig):
         """What a video processor must be told to make this model's inputs."""
         return {name: getattr(self, name) for name in VIDEO_FIELDS}
 
+    def square_grid(self, longest_edge: int) -> tuple[int, int]:
+        """Rows and columns of patches of a large square frame whose sides may have so many pixels."""
+        side = longest_edge // self.patch_size
+        return side, side
+
     @property
     def frame_layout(self) -> FrameLayout:
         """Which tokens a frame has beside its patches."""

@@ -17,7 +17,10 @@ from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.lora import add_lora, load_kwargs
 from elva_hf.training.sections import GuidanceSection, ModelSection, Stage
 
-PART_MODULES = {
+PART_MODULES = {  # what stands before what holds it
+    "image_tower": "model.patch_embed.encoder.",
+    "aggregator": "model.patch_embed.aggregator.",
+    "projector": "model.patch_embed.projector.",
     "patch_embed": "model.patch_embed.",
     "language_model": "model.language_model.",
     "lm_head": "lm_head.",
@@ -178,8 +181,15 @@ def freeze(model: nn.Module, trainable: str | list[str]) -> None:
 
 def _from_text_model(section: ModelSection, processor: ElvaProcessor) -> ElvaForCausalLM:
     fields = {**_ids(processor), **section.config}
-    build = architecture_of(section).causal_lm.from_text_model
-    model = _load(build, section.text_model, tokenizer=processor.tokenizer, **fields)
+    system = architecture_of(section).causal_lm
+    if section.image_tower is None:
+        model = _load(system.from_text_model, section.text_model, tokenizer=processor.tokenizer, **fields)
+    elif not hasattr(system, "from_towers"):
+        name = section.architecture
+        raise ConfigurationError(f"model.image_tower={section.image_tower}: {name} has no image tower; leave it out.")
+    else:
+        towers = {"image_tower": section.image_tower, "tokenizer": processor.tokenizer}
+        model = _load(system.from_towers, section.text_model, **towers, **fields)
     return _with_vocabulary(model.to(getattr(torch, section.dtype)), processor)
 
 

@@ -139,11 +139,11 @@ def square_video(stage: Stage, config: VideoDecoderConfig) -> list[tuple[int, in
     """Grids of a video of square frames at the stage's ceilings."""
     given = stage.video.options
     edges = [given.get(name, getattr(config, name)) for name in ("longest_edge", "low_res_longest_edge")]
-    high, low = (edge // config.patch_size for edge in edges)
+    high, low = map(config.square_grid, edges)
     counts = [given.get(name, getattr(config, name)) for name in ("num_high_res_frames", "num_low_res_frames")]
     if "num_frames" in given:
         counts = [given["num_frames"], 0]
-    return [(high, high)] * counts[0] + [(low, low)] * counts[1]
+    return [high] * counts[0] + [low] * counts[1]
 
 
 def count_parameters(stage: Stage, config: VideoDecoderConfig) -> tuple[dict[str, int], int]:

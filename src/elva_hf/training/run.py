@@ -25,7 +25,7 @@ from elva_hf.data.datasets import ElvaDataset, ElvaStream
 from elva_hf.data.mixtures import Mixture, StreamingMixture
 from elva_hf.errors_elva import ConfigurationError, ElvaError
 from elva_hf.modeling_elva import ElvaForCausalLM
-from elva_hf.training.building import build_model, build_processor, check_folder
+from elva_hf.training.building import PART_MODULES, build_model, build_processor, check_folder
 from elva_hf.training.plan import StagePlan, count_steps, plan_recipe
 from elva_hf.training.recipe import Recipe, starting_from
 from elva_hf.training.run_folder import BAD_SAMPLES, MODEL, check_same_run, start_over, write_record
@@ -166,6 +166,7 @@ def build_trainer(
         teacher=teacher,
         grad_cache=stage.guidance is not None and stage.guidance.grad_cache,
         train_sampler=_sampler(stage, dataset, processor, folder),
+        learning_rates={PART_MODULES[part]: rate for part, rate in stage.training.learning_rates.items()},
     )
 
 
@@ -222,7 +223,7 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
     if stage.training.deepspeed is not None:
         _require("deepspeed", f"training.deepspeed={stage.training.deepspeed}", "deepspeed")
     training, on_cpu = stage.training, stage.training.use_cpu or not torch.cuda.is_available()
-    own = ("batch_size", "warmup_ratio", "optim", "deepspeed", "max_nonfinite_steps", "torch_compile")
+    own = ("batch_size", "warmup_ratio", "optim", "deepspeed", "max_nonfinite_steps", "torch_compile", "learning_rates")
     given = {name: value for name, value in asdict(training).items() if name not in own}
     given["use_cpu"] = on_cpu
     given["tf32"] = None if on_cpu else training.tf32

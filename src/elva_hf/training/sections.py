@@ -12,8 +12,8 @@ from elva_hf.training.lora import LoraOptions
 WEIGHT_SOURCES = ("path", "text_model", "preset")
 """Where the weights of a model come from; one replaces another."""
 
-PARTS = ("patch_embed", "guidance", "language_model", "lm_head")
-"""Names that `trainable` takes."""
+PARTS = ("patch_embed", "image_tower", "aggregator", "projector", "guidance", "language_model", "lm_head")
+"""Names that `trainable` takes; the second to the fourth are parts of the first in Mavors."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class ModelSection:
     Args:
         path: Checkpoint of ours to start from.
         text_model: Text model to put a fresh visual front end on (Hub id or folder).
+        image_tower: SigLIP image tower that a fresh Mavors starts from, beside `text_model` (Hub id or folder).
         architecture: What is built on a text model or a preset: `elva`, `mavors` or `video-panda`; a path says itself.
         preset: Fresh random weights of a shape: `elva-1.5b`, `elva-7b`, `elva-7b-hd`, `tiny`; a sibling has its own.
         shape: Preset that a plan counts with while the weights are not at hand.
@@ -36,6 +37,7 @@ class ModelSection:
 
     path: str | None = None
     text_model: str | None = None
+    image_tower: str | None = None
     architecture: str = "elva"
     preset: str | None = None
     shape: str | None = None
@@ -61,6 +63,8 @@ class VideoSection:
         num_high_res_frames: High-resolution frames.
         num_low_res_frames: Low-resolution frames.
         fps: Frames per second of video.
+        max_chunks: The most chunks of a video, of Mavors.
+        sub_images: Whether images are cut into sub-images, of Mavors.
     """
 
     longest_edge: int | None = None
@@ -69,6 +73,8 @@ class VideoSection:
     num_high_res_frames: int | None = None
     num_low_res_frames: int | None = None
     fps: float | None = None
+    max_chunks: int | None = None
+    sub_images: bool | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,6 +142,8 @@ class TrainingSection:
 
     Args:
         batch_size: Samples of an optimiser step, over all GPUs and micro-batches.
+        learning_rates: Other learning rates of some parts, by the names that `trainable` takes.
+        lr_scheduler_kwargs: As in `TrainingArguments`, for example the lowest rate of `cosine_with_min_lr`.
         warmup_ratio: Share of the steps in which the learning rate rises.
         optim: None for AdamW, fused where there is a GPU.
     """
@@ -143,7 +151,9 @@ class TrainingSection:
     batch_size: int
     per_device_train_batch_size: int
     learning_rate: float
+    learning_rates: dict[str, float] = field(default_factory=dict)
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_ratio: float = 0.0
     num_train_epochs: float = 1.0
     max_steps: int = -1
@@ -186,6 +196,11 @@ class Stage:
         given = [name for name in WEIGHT_SOURCES if getattr(self.model, name) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"model.{' and model.'.join(given)} are given; keep one of them.")
+        if self.model.image_tower is not None and self.model.text_model is None:
+            raise ConfigurationError(
+                f"model.image_tower={self.model.image_tower} goes with a fresh model on model.text_model; write "
+                "image_tower: null."
+            )
         _check_fractions(self.data)
         _check_frames(self.video)
         if self.guidance is not None:
@@ -241,6 +256,11 @@ def _check_training(training: TrainingSection) -> None:
     for name in ("batch_size", "per_device_train_batch_size", "learning_rate", "save_steps", "logging_steps"):
         if getattr(training, name) <= 0:
             raise ConfigurationError(f"training.{name}={getattr(training, name)}: expected more than 0.")
+    for part, rate in training.learning_rates.items():
+        if part not in PARTS or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+            raise ConfigurationError(
+                f"training.learning_rates.{part}={rate!r}: expected a rate above 0 for one of {', '.join(PARTS)}."
+            )
     if not 0 <= training.warmup_ratio < 1:
         raise ConfigurationError(f"training.warmup_ratio={training.warmup_ratio}: expected 0 or more, below 1.")
     if training.max_steps <= 0 and training.max_steps != -1:

@@ -14,6 +14,7 @@ from elva_hf.configuration_elva import TOKEN_ID_FIELDS, VideoDecoderConfig
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.layout_elva import FrameLayout
 from elva_hf.schedule_elva import check_similarity_threshold
+from elva_hf.siblings.mavors.chunks_mavors import fit_size
 from elva_hf.siblings.mavors.rows_mavors import HEADER, MAX_CHUNK_FRAMES
 
 _CHOICES = {"ifa_rope": ("chunk", "token"), "ifa_causality": ("token", "chunk"), "short_chunk": ("repeat", "mean")}
@@ -119,6 +120,19 @@ class MavorsConfig(VideoDecoderConfig):
     def head_dim(self) -> int:
         """Width of a head of the aggregator."""
         return self.vision_config.hidden_size // self.num_ifa_heads
+
+    @property
+    def video_options(self) -> dict[str, Any]:
+        """What a video processor must be told to make this model's inputs."""
+        shared = ("patch_size", "longest_edge", "low_res_longest_edge", "chunk_frames", "max_chunks", "sub_images")
+        fields = {name: getattr(self, name) for name in (*shared, "max_sub_images")}
+        return {**fields, "image_size": self.vision_config.image_size, "playback_fps": self.fps}
+
+    def square_grid(self, longest_edge: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a large square frame: the tower's own size, whatever the ceiling."""
+        edge = min(longest_edge, self.vision_config.image_size)
+        sides = fit_size(edge, edge, image_size=edge, multiple=self.patch_size)
+        return sides[0] // self.patch_size, sides[1] // self.patch_size
 
     @property
     def frame_layout(self) -> FrameLayout:

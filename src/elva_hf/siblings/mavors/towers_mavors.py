@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import SiglipVisionConfig
@@ -24,16 +25,31 @@ _RENAMED = {
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def find_tower(name: str | os.PathLike) -> Path:
+    """A file or folder as it is, or else the configuration and weights of that name from the Hub.
+
+    Raises:
+        CheckpointError: There is neither.
+    """
+    path = Path(name)
+    if path.exists() or str(name).count("/") != 1:
+        return path
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["config.json", _WEIGHTS, _INDEX, "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot load {name}: {' '.join(str(error).split())}") from error
+
+
 def read_tower_config(folder: str | os.PathLike) -> SiglipVisionConfig:
     """Read the configuration of a SigLIP checkpoint's image tower.
 
     Args:
-        folder: Of a whole SigLIP, whose tower is under `vision_config`, or of an image tower alone.
+        folder: Of a whole SigLIP, whose tower is under `vision_config`, or of an image tower alone; or its Hub id.
 
     Raises:
         CheckpointError: There is none, or it is of another kind of model.
     """
-    path = Path(folder) / "config.json"
+    path = find_tower(folder) / "config.json"
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -51,12 +67,12 @@ def read_tower_weights(path: str | os.PathLike) -> dict[str, Tensor]:
 
     Args:
         path: A safetensors file of a whole SigLIP or of its tower alone, with or without the prefix `vision_model.`
-            that older files have; or a folder with such a file, or with an index of several.
+            that older files have; or a folder with such a file, or with an index of several; or a Hub id.
 
     Raises:
         CheckpointError: No such file, no tower in it, or two.
     """
-    files = _weight_files(Path(path))
+    files = _weight_files(find_tower(path))
     places = {name: file for file in files for name in _names(file)}
     anchors = [name for name in places if name.endswith(_ANCHOR)]
     if len(anchors) != 1:
