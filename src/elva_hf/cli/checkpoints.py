@@ -9,7 +9,7 @@ import typer
 
 from elva_hf.cli import loading
 from elva_hf.cli.application import busy
-from elva_hf.errors_elva import CheckpointError
+from elva_hf.errors_elva import CheckpointError, ConfigurationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,10 @@ def init(
     architecture: Annotated[
         str, typer.Option(help="What to build round the text model: elva, mavors or video-panda.")
     ] = "elva",
+    image_tower: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a SigLIP whose image tower a mavors model starts from; random without."),
+    ] = None,
 ) -> None:
     """Build an untrained video model on a text model.
 
@@ -39,13 +43,17 @@ def init(
     system = find_architecture(architecture)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; name a new folder or empty this one.")
-    model, processor = build_from_text_model(text_model, system)
+    if image_tower is not None and not hasattr(system.causal_lm, "from_towers"):
+        raise ConfigurationError(f"--image-tower: {architecture} has no image tower; leave it out.")
+    model, processor = build_from_text_model(text_model, system, image_tower)
     with busy(f"writing {out}"):
         model.save_pretrained(out)
         processor.save_pretrained(out)
         export_hub_files(out)
     parameters = sum(p.numel() for p in model.parameters())
     fresh = sum(p.numel() for p in model.model.patch_embed.parameters())
+    if image_tower is not None:
+        fresh -= sum(p.numel() for p in model.model.patch_embed.encoder.parameters())
     fresh = f"{fresh / 1e6:.1f}M of them a random visual front end to be trained"
     print(f"{out}: {parameters / 1e6:.1f}M parameters, {fresh}.")
 
@@ -64,8 +72,10 @@ def export(
         print(path)
 
 
-def build_from_text_model(text_model: str, system: Architecture) -> tuple[ElvaForCausalLM, ElvaProcessor]:
-    """Load a text model and its tokenizer; returns the model and the processor built on them.
+def build_from_text_model(
+    text_model: str, system: Architecture, image_tower: str | None = None
+) -> tuple[ElvaForCausalLM, ElvaProcessor]:
+    """Load a text model and its tokenizer, and an image tower; returns the model and the processor built on them.
 
     Raises:
         CheckpointError: They cannot be loaded.
@@ -75,7 +85,11 @@ def build_from_text_model(text_model: str, system: Architecture) -> tuple[ElvaFo
     with loading.explained(text_model):
         tokenizer = AutoTokenizer.from_pretrained(text_model)
         processor = system.processor.from_tokenizer(tokenizer, **system.config().video_options)
-        model = system.causal_lm.from_text_model(text_model, tokenizer=processor.tokenizer)
+        if image_tower is None:
+            model = system.causal_lm.from_text_model(text_model, tokenizer=processor.tokenizer)
+        else:
+            model = system.causal_lm.from_towers(text_model, image_tower, tokenizer=processor.tokenizer)
+            processor = system.processor.from_tokenizer(tokenizer, **model.config.video_options)
     if len(processor.tokenizer) > model.config.text_config.vocab_size:
         model.resize_token_embeddings(len(processor.tokenizer))
     model.generation_config.eos_token_id = _stop_tokens(model.generation_config.eos_token_id, processor.tokenizer)
