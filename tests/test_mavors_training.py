@@ -1,14 +1,22 @@
 """The stages of Mavors as recipes: what trains, at which rate, and that they run."""
 
+import copy
+import json
+import math
+
+import datasets
 import pytest
 import torch
+from clips_elva import write_counter
 from mavors_models import film, mavors_model, sample_inputs, words
 from transformers import TrainingArguments, set_seed
 
-from elva_hf.errors_elva import ConfigurationError
+from elva_hf.data.collator import ElvaCollator
+from elva_hf.errors_elva import ConfigurationError, ElvaError
 from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM
 from elva_hf.training.building import PART_MODULES, build_model, build_processor
 from elva_hf.training.plan import plan_recipe
+from elva_hf.training.preference import PairedCollator, PreferenceTrainer, dpo_loss
 from elva_hf.training.recipe import read_recipe
 from elva_hf.training.run import train
 from elva_hf.training.trainer import ElvaTrainer
@@ -125,3 +133,168 @@ def test_training_learns_the_order_of_frames_inside_a_chunk():
     with torch.no_grad():
         assert model(**forth).logits[0, -1].argmax() == 11
         assert model(**back).logits[0, -1].argmax() == 12
+
+
+def pairs(count=3):
+    from elva_hf.data.toy_world import render, sample_scene
+
+    rows = []
+    for i in range(count):
+        frames = render(sample_scene(i, num_frames=6))
+        video = {"type": "video", "video": frames, "num_frames": 6}
+        ask = {"type": "text", "text": "what happens?"}
+        turns = [
+            {"role": "user", "content": [video, ask]},
+            {"role": "assistant", "content": "a red square moves"},
+            {"role": "user", "content": [ask]},
+            {"role": "assistant", "content": "nothing"},
+        ]
+        rows.append({"id": str(i), "messages": turns, "independent_turns": True})
+    return rows
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A tiny model of the toy world and its processor."""
+    (stage,) = read_recipe("mavors_stage2", TINY).stages
+    processor = build_processor(stage)
+    set_seed(0)
+    return build_model(stage, processor, None).eval(), processor
+
+
+def preference_trainer(model, processor, folder, **kwargs):
+    arguments = TrainingArguments(
+        output_dir=str(folder), learning_rate=1e-3, use_cpu=True, report_to="none", remove_unused_columns=False,
+        per_device_train_batch_size=3, max_steps=8, logging_steps=1, save_strategy="no", disable_tqdm=True,
+        prediction_loss_only=True,
+    )  # fmt: skip
+    return PreferenceTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs(),
+        data_collator=ElvaCollator(processor, packing="shared_prefix"),
+        processing_class=processor,
+        **kwargs,
+    )
+
+
+def changed(model):
+    """Another model near by, as training would leave it."""
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return twin
+
+
+def test_dpo_is_its_formula():
+    policy = torch.tensor([[-3.0, -5.0], [-2.0, -1.0]]).double()
+    reference = torch.tensor([[-4.0, -4.0], [-2.0, -2.5]]).double()
+    loss, rewards = dpo_loss(policy, reference, 0.1)
+    margins = 0.1 * torch.tensor([(-3 + 4) - (-5 + 4), (-2 + 2) - (-1 + 2.5)]).double()
+    torch.testing.assert_close(loss, torch.log1p(torch.exp(-margins)).mean())
+    torch.testing.assert_close(rewards[:, 0] - rewards[:, 1], margins)
+    assert float(dpo_loss(policy, policy, 0.1).loss) == pytest.approx(math.log(2))
+
+
+def test_pairs_in_one_row_are_the_pairs_apart(tiny, tmp_path):
+    """The shared prefix reads each video once and gives what two rows would."""
+    model, processor = tiny
+    trainer = preference_trainer(model, processor, tmp_path)
+    together = trainer._answers(model, trainer.data_collator(pairs()))
+    apart = PairedCollator(processor)(pairs())
+    labels = apart["input_ids"].masked_fill(apart.pop("completion_mask") == 0, -100)[:, 1:]
+    with torch.no_grad():
+        scores = model(**apart).logits[:, :-1].log_softmax(-1)
+    each = scores.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+    torch.testing.assert_close(together, each.sum(1).view(2, -1).T, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL's own arguments
+def test_the_loss_is_that_of_trl(tiny, tmp_path):
+    """On video and text alike: TRL's trainer with the paired collator, against ours."""
+    trl = pytest.importorskip("trl")
+    model, processor = tiny
+    policy = changed(model)
+    ours = preference_trainer(policy, processor, tmp_path, reference=model)
+    expected = ours.compute_loss(policy, ours.data_collator(pairs()))
+
+    text = {"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}  # its trainer wants a dataset it can tokenise
+    theirs = trl.DPOTrainer(
+        model=policy,
+        ref_model=copy.deepcopy(model),
+        args=trl.DPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=False, beta=0.1,
+                           remove_unused_columns=False, gradient_checkpointing=False),
+        train_dataset=datasets.Dataset.from_dict(text),
+        data_collator=PairedCollator(processor),
+        processing_class=processor.tokenizer,
+    )  # fmt: skip
+    actual = theirs.compute_loss(theirs.model.eval(), PairedCollator(processor)(pairs()))
+    torch.testing.assert_close(expected.detach(), actual.detach(), atol=1e-5, rtol=1e-4)
+    assert abs(float(actual.detach()) - math.log(2)) > 1e-4
+
+
+def test_preferences_are_learnt_on_video(tiny, tmp_path):
+    model, processor = tiny
+    model = copy.deepcopy(model).train()
+    trainer = preference_trainer(model, processor, tmp_path)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert logs[-1]["loss"] < logs[0]["loss"] - 0.05
+    assert logs[-1]["reward_accuracy"] == 1.0
+
+
+def test_with_lora_the_reference_is_the_model_without_it(tiny, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    model, processor = tiny
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, init_lora_weights=False))
+    trainer = preference_trainer(adapted, processor, tmp_path)
+    assert trainer.reference is None
+    batch = trainer.data_collator(pairs())
+    plain = preference_trainer(copy.deepcopy(adapted).merge_and_unload(), processor, tmp_path, reference=model)
+    expected = plain.compute_loss(plain.model, batch)
+    torch.testing.assert_close(trainer.compute_loss(adapted, batch), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_that_are_no_pairs_are_refused(tiny, tmp_path):
+    model, processor = tiny
+    trainer = preference_trainer(model, processor, tmp_path)
+    single = [{**row, "messages": row["messages"][:2], "independent_turns": False} for row in pairs()]
+    with pytest.raises(ConfigurationError, match="one question twice"):
+        trainer.compute_loss(model, trainer.data_collator(single))
+    with pytest.raises(ElvaError, match="has 1"):
+        PairedCollator(processor)(single)
+
+
+def test_the_preference_stage_runs_from_its_recipe(tiny, tmp_path):
+    model, processor = tiny
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    clip = write_counter(tmp_path / "clip.mp4", 60, rate=10)
+    rows = []
+    for row in pairs():
+        block = {"type": "video", "path": clip.name}
+        first = {"role": "user", "content": [block, {"type": "text", "text": "what happens?"}]}
+        rows.append({**row, "messages": [first, *row["messages"][1:]]})
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    overrides = [
+        option for option in TINY if not option.startswith(("model.preset", "model.image", "data.sources", "video"))
+    ]
+    recipe = read_recipe(
+        "mavors_dpo",
+        [*overrides, f"model.path={tmp_path / 'start'}", f"output_dir={tmp_path / 'run'}",
+         f"data.sources={{pairs: {{path: {tmp_path / 'pairs.json'}}}}}"],
+    )  # fmt: skip
+    lines = []
+    folder = train(recipe, lines.append)
+    assert any("DPO, beta 0.1" in line for line in lines)
+    assert type(MavorsForCausalLM.from_pretrained(folder)) is MavorsForCausalLM
+
+
+@pytest.mark.parametrize("override", ["data.packing=none", "preference.beta=0.0"])
+def test_a_preference_stage_that_cannot_be_is_refused(override):
+    with pytest.raises(ConfigurationError, match="preference"):
+        read_recipe("mavors_dpo", [override])

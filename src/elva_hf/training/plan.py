@@ -227,6 +227,8 @@ def _describe_video(stage: Stage, config: VideoDecoderConfig | None) -> str:
 
 def _describe_losses(stage: Stage) -> str:
     guidance = stage.guidance
+    if stage.preference is not None:
+        return f"DPO, beta {stage.preference.beta:g}"
     if guidance is None:
         return "L_Gen"
     terms = [("L_MSE", guidance.tube_weight), ("L_Con", guidance.frame_weight), ("L_distill", guidance.patch_weight)]

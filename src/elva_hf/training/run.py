@@ -135,6 +135,7 @@ def build_trainer(
 ) -> Any:
     """The `ElvaTrainer` of a stage, with its data and callbacks."""
     from elva_hf.training.nonfinite import NonFiniteGuard
+    from elva_hf.training.preference import PreferenceTrainer
     from elva_hf.training.streaming import StreamTrainer
     from elva_hf.training.trainer import ElvaTrainer
 
@@ -155,8 +156,11 @@ def build_trainer(
         pad_to_multiple_of=data.pad_to_multiple_of,
         **stage.video.options,
     )
-    kind = StreamTrainer if data.streaming else ElvaTrainer
+    kind, own = (StreamTrainer if data.streaming else ElvaTrainer), {}
+    if stage.preference is not None:
+        kind, own = PreferenceTrainer, {"beta": stage.preference.beta}
     return kind(
+        **own,
         model=model,
         args=arguments,
         train_dataset=dataset,

@@ -114,6 +114,17 @@ class GuidanceSection:
 
 
 @dataclass(frozen=True)
+class PreferenceSection:
+    """Direct preference optimisation instead of L_Gen; the rows of `data` are pairs (`training.preference`).
+
+    Args:
+        beta: How far the model may go from what it was.
+    """
+
+    beta: float = 0.1
+
+
+@dataclass(frozen=True)
 class DataSection:
     """What is trained on.
 
@@ -187,6 +198,7 @@ class Stage:
     training: TrainingSection
     video: VideoSection = VideoSection()
     guidance: GuidanceSection | None = None
+    preference: PreferenceSection | None = None
     trainable: Literal["all"] | list[str] = "all"
     lora: LoraOptions | None = None
 
@@ -205,6 +217,8 @@ class Stage:
         _check_frames(self.video)
         if self.guidance is not None:
             _check_guidance(self.guidance)
+        if self.preference is not None:
+            _check_preference(self)
 
     def accumulation_steps(self, num_processes: int) -> int:
         """Micro-batches of an optimiser step on each GPU.
@@ -250,6 +264,15 @@ def _check_guidance(guidance: GuidanceSection) -> None:
         )
     if guidance.patch_weight and guidance.teacher is None and guidance.cache is not None:
         raise ConfigurationError("guidance.patch_weight needs guidance.teacher: a cache has no features of patches.")
+
+
+def _check_preference(stage: Stage) -> None:
+    if not stage.preference.beta > 0:
+        raise ConfigurationError(f"preference.beta={stage.preference.beta}: expected more than 0.")
+    if stage.guidance is not None or stage.data.streaming or stage.data.packing != "shared_prefix":
+        raise ConfigurationError(
+            "preference goes with data.packing=shared_prefix, and neither with guidance nor with data.streaming."
+        )
 
 
 def _check_training(training: TrainingSection) -> None:
