@@ -240,8 +240,11 @@ def to_json(sampled: SampledVideo, planned: TokenPlan, name: str, limit: int) ->
 
 
 def _frames(sampled: SampledVideo) -> Iterator[tuple]:
-    times = sampled.times or (None,) * sampled.num_frames
-    return zip(sampled.indices, times, sampled.high, sampled.grids, sampled.tokens_per_frame, strict=True)
+    """Each frame; of chunks the first, and of an image cut into parts the image for each."""
+    frames = list(zip(sampled.indices, sampled.times or (None,) * sampled.num_frames, sampled.high, strict=True))
+    grids, tokens = sampled.grids[:: sampled.layout.chunk_size], sampled.tokens_per_frame
+    frames = frames * len(grids) if sampled.info.is_image else frames[:: sampled.layout.chunk_size]
+    return ((*frame, *shape) for frame, *shape in zip(frames, grids, tokens, strict=True))
 
 
 def _stages(planned: TokenPlan) -> Iterator[tuple[str, str, str, str]]:
