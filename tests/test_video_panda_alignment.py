@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_elva import RAGGED, pixels, video
+from tiny_elva import pixels, video, words
 from tiny_video_panda import VARIANTS, double_panda, relaid, tiny_panda
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -208,16 +208,19 @@ def test_the_block_is_its_equations(variant, num_frames):
     torch.testing.assert_close(flat, embed_one_video(model, patches, num_frames, 2, 3), rtol=1e-10, atol=1e-10)
 
 
+VIDEOS = (video((2, 2), (2, 2)), video((2, 2)), video((1, 3), (1, 3)), video((2, 2), (2, 2), (1, 1)), video((2, 2)))
+"""Of the same and of other grids and lengths; the fourth holds clips of two grids."""
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_video_sees_itself_and_no_other(variant):
-    """Every video of a batch, whatever stands beside it; several grids in one video are several clips."""
+    """Not in its sample, and not in its batch."""
     model = double_panda(variant)
-    drawn = [pixels(ids, i) for i, ids in enumerate(RAGGED)]
-    together = embed(model, RAGGED, torch.cat([patches for patches in drawn if patches is not None]).double())
-    alone = [
-        embed(model, [ids], patches.double()) for ids, patches in zip(RAGGED, drawn, strict=True) if patches is not None
-    ]
+    drawn = [pixels(ids, i).double() for i, ids in enumerate(VIDEOS)]
+    samples = [VIDEOS[0] + words(2) + VIDEOS[1] + VIDEOS[2], words(3), VIDEOS[3] + VIDEOS[4]]
+    together = embed(model, samples, torch.cat(drawn))
+    alone = [embed(model, [ids], patches) for ids, patches in zip(VIDEOS, drawn, strict=True)]
     for part, parts in zip(together, zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(part, torch.cat(parts), rtol=1e-10, atol=1e-10)
 
