@@ -3,6 +3,8 @@
 import copy
 import json
 import math
+import random
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -12,6 +14,8 @@ from mavors_models import film, mavors_model, sample_inputs, words
 from transformers import TrainingArguments, set_seed
 
 from elva_hf.data.collator import ElvaCollator
+from elva_hf.data.toy_tokenizer import build_toy_tokenizer
+from elva_hf.data.toy_world import render, sample_scene
 from elva_hf.errors_elva import ConfigurationError, ElvaError
 from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM
 from elva_hf.training.building import PART_MODULES, build_model, build_processor
@@ -19,6 +23,11 @@ from elva_hf.training.plan import plan_recipe
 from elva_hf.training.preference import PairedCollator, PreferenceTrainer, dpo_loss
 from elva_hf.training.recipe import read_recipe
 from elva_hf.training.run import train
+from elva_hf.training.toy import ToyDataset
+from elva_hf.training.toy import build_model as build_toy_model
+from elva_hf.training.toy import build_processor as build_toy_processor
+from elva_hf.training.toy import collate as collate_toy
+from elva_hf.training.toy_recipe import read_recipe as read_toy_recipe
 from elva_hf.training.trainer import ElvaTrainer
 
 STAGES = {  # sections 4 and 5.1: what trains, batch, samples, schedule
@@ -136,8 +145,6 @@ def test_training_learns_the_order_of_frames_inside_a_chunk():
 
 
 def pairs(count=3):
-    from elva_hf.data.toy_world import render, sample_scene
-
     rows = []
     for i in range(count):
         frames = render(sample_scene(i, num_frames=6))
@@ -298,3 +305,46 @@ def test_the_preference_stage_runs_from_its_recipe(tiny, tmp_path):
 def test_a_preference_stage_that_cannot_be_is_refused(override):
     with pytest.raises(ConfigurationError, match="preference"):
         read_recipe("mavors_dpo", [override])
+
+
+def toy_batch(num_frames=8):
+    recipe, stages = read_toy_recipe("mavors_tiny")
+    tokenizer = build_toy_tokenizer()
+    set_seed(0)
+    model = build_toy_model(recipe, tokenizer)
+    data = ToyDataset(
+        replace(stages[1], num_frames=num_frames, codec_share=0.0), tokenizer, length=2, seed=0, split="train",
+        num_questions=2, patch_size=model.config.patch_size, aspects=recipe["teacher"],
+    )  # fmt: skip
+    data.layout, data.arrange = model.config.frame_layout, model.config.arrange_pixels
+    return model, tokenizer, data, collate_toy([data[0], data[1]], tokenizer.pad_token_id)
+
+
+@pytest.mark.parametrize("num_frames", [1, 6, 8])
+def test_the_toy_world_writes_what_the_processor_writes(num_frames):
+    model, tokenizer, data, batch = toy_batch(num_frames)
+    processor = build_toy_processor(tokenizer, model.config)
+    scene = sample_scene(0, num_frames=num_frames, split="train", staggered_share=data.stage.staggered_share,
+                         single=random.Random(0).random() < data.stage.single_share)  # fmt: skip
+    out = processor(text="<video>", videos=render(scene), num_frames=num_frames, return_tensors="pt")
+    rows = out["pixel_values_videos"]
+    torch.testing.assert_close(batch["pixel_values_videos"][: len(rows)], rows, atol=1e-6, rtol=0)
+    ids = out["input_ids"][0].tolist()
+    assert data[0]["row"].prefix[-len(ids) :] == ids
+
+
+def test_a_step_on_the_toy_world_learns_from_words_and_teacher():
+    model, _, _, batch = toy_batch()
+    teacher = batch.pop("teacher_features")
+    geometry = model.model.read_geometry(batch["input_ids"])
+    assert len(teacher) == geometry.num_patches == 2 * 2 * 16  # two videos of two chunks
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.5

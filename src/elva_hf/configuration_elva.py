@@ -217,6 +217,14 @@ class VideoDecoderConfig(PreTrainedConfig):
         """Width of a row of `pixel_values_videos`: all values of the pixels that one visual token stands for."""
         return 3 * self.patch_size**2
 
+    def arrange_pixels(self, pixels: Any) -> Any:
+        """The rows of `pixel_values_videos` of a video, from the pixels of each token of each frame.
+
+        Args:
+            pixels: `(T, n, 3 * patch_size**2)`, all frames of one grid.
+        """
+        return pixels.flatten(0, 1)
+
     def patch_embed_flops(self, videos: Sequence[Sequence[tuple[int, int]]]) -> int:
         """FLOPs from pixels to decoder embeddings, two for each multiplication with addition.
 

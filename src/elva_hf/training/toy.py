@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,11 @@ class ToyDataset(Dataset):
 
     Attributes:
         layout: How the model's frames are written in tokens; ELVA's unless it is set.
+        arrange: Puts the pixels of all frames, `(T, n, W)`, in the order of the model's rows; likewise.
     """
 
     layout: FrameLayout = FULL_LAYOUT
+    arrange: Callable[[Tensor], Tensor] = staticmethod(partial(torch.flatten, start_dim=0, end_dim=1))
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class ToyDataset(Dataset):
             "row": encode_turns(
                 self.tokenizer, len(frames), grid, [(q.text, q.answer) for q in asked], layout=self.layout
             ),
-            "patches": frames_to_patches(frames, self.patch_size),
+            "patches": self.arrange(frames_to_patches(frames, self.patch_size).unflatten(0, (len(frames), -1))),
             "teacher": self._teach(clean),
             "tasks": [q.task for q in asked],
         }
@@ -111,7 +113,9 @@ class ToyDataset(Dataset):
     def _teach(self, frames: np.ndarray) -> Tensor | None:
         if not self.stage.is_guided:
             return None
-        return torch.from_numpy(teacher_features(frames, self.patch_size, self.aspects)).flatten(0, 2)
+        features = torch.from_numpy(teacher_features(frames, self.patch_size, self.aspects))
+        chunks = [chunk.mean(0) for chunk in features.split(self.layout.chunk_size)]  # a frame, or what stands as one
+        return torch.stack(chunks).flatten(0, 2)
 
 
 def encode_turns(
@@ -267,7 +271,8 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
         patch_alignment_weight=0.0,
     )
     held_out = ToyDataset(as_tested, tokenizer, length=200, seed=0, split="validation", **common)
-    train.layout = held_out.layout = model.config.frame_layout
+    for shown in (train, held_out):
+        shown.layout, shown.arrange = model.config.frame_layout, model.config.arrange_pixels
     arguments = TrainingArguments(
         output_dir=str(out / stage.name),
         max_steps=stage.max_steps,

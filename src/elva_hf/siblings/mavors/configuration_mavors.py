@@ -14,8 +14,8 @@ from elva_hf.configuration_elva import TOKEN_ID_FIELDS, VideoDecoderConfig
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.layout_elva import FrameLayout
 from elva_hf.schedule_elva import check_similarity_threshold
-from elva_hf.siblings.mavors.chunks_mavors import fit_size
-from elva_hf.siblings.mavors.rows_mavors import HEADER, MAX_CHUNK_FRAMES
+from elva_hf.siblings.mavors.chunks_mavors import fit_size, place_chunks
+from elva_hf.siblings.mavors.rows_mavors import HEADER, MAX_CHUNK_FRAMES, arrange_rows
 
 _CHOICES = {"ifa_rope": ("chunk", "token"), "ifa_causality": ("token", "chunk"), "short_chunk": ("repeat", "mean")}
 
@@ -143,6 +143,11 @@ class MavorsConfig(VideoDecoderConfig):
     def pixels_per_token(self) -> int:
         """Width of a row of `pixel_values_videos`: the pixels of one frame that a token stands for, and their place."""
         return 3 * self.patch_size**2 + HEADER
+
+    def arrange_pixels(self, pixels: Any) -> Any:
+        """Rows chunk by chunk, in each token by token; chunks follow one another without a gap."""
+        positions = place_chunks(None, len(pixels), chunk_frames=self.chunk_frames, fps=self.fps)
+        return arrange_rows(pixels, self.chunk_frames, positions)
 
     def patch_embed_flops(self, videos: Sequence[Sequence[tuple[int, int]]]) -> int:
         """FLOPs of tower, aggregator and projector, two for each multiplication with addition.

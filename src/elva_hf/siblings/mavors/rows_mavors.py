@@ -9,6 +9,8 @@ format of a model holds exactly. Letters: `R` rows, `n` tokens, `T` frames, `s` 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,25 @@ def header(frame: int, position: int) -> list[float]:
         [3.0, 2.0, 1.0, 0.0, 0.0, 0.0]
     """
     return [float(frame), *(float(position // _BASE**place % _BASE) for place in range(DIGITS))]
+
+
+def arrange_rows(pixels: Tensor, chunk_frames: int, positions: Sequence[int]) -> Tensor:
+    """Put the pixels of a video's frames in the order of rows, each with its header.
+
+    Args:
+        pixels: `(T, n, 3 * s * s)` of all frames, `n` tokens each.
+        chunk_frames: Frames of a chunk; the last may be short.
+        positions: Of each chunk, from `place_chunks`.
+
+    Returns:
+        `(T * n, 3 * s * s + HEADER)`.
+    """
+    rows = []
+    for chunk, position in zip(pixels.split(chunk_frames), positions, strict=True):
+        headers = torch.tensor([header(frame, position) for frame in range(len(chunk))], dtype=pixels.dtype)
+        whole = torch.cat([chunk, headers[:, None].expand(-1, chunk.shape[1], -1)], 2)
+        rows.append(whole.transpose(0, 1).flatten(0, 1))
+    return torch.cat(rows)
 
 
 def read_frames(rows: Tensor) -> Tensor:
