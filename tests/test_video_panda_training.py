@@ -6,6 +6,7 @@ import pytest
 import torch
 from guided_elva import LAYOUTS, SAMPLES, WIDTH, DrawnTeacher, collate, eight_bits
 from safetensors.torch import load_file
+from saved_elva import draw_frames, write_clip
 from tiny_elva import pixels, video
 from tiny_video_panda import tiny_panda
 from torch import nn
@@ -256,3 +257,12 @@ def test_elva_init_builds_video_panda_on_a_text_model(tmp_path, monkeypatch):
     assert block == 24_087_890 + nn.Linear(1024, 32).weight.numel() + 32 + 32 * 32 + 32  # STAB, and a small projector
     processor = AutoProcessor.from_pretrained(tmp_path / "out")
     assert type(processor) is VideoPandaProcessor and processor.video_processor.num_high_res_frames == 8
+
+
+def test_elva_plan_counts_a_clip_by_a_preset(tmp_path):
+    clip = write_clip(tmp_path / "clip.mp4", draw_frames(num_frames=8, height=448, width=448))
+    result = CliRunner().invoke(app, ["plan", str(clip), "--preset", "video-panda-7b"])
+    assert result.exit_code == 0, result.output
+    assert "2184: 2048 patches, 136 <FRAME> and <LINE>" in result.output
+    refused = CliRunner().invoke(app, ["plan", str(clip), "--preset", "video-panda-8b"])
+    assert refused.exit_code == 2 and "video-panda-7b" in refused.output

@@ -38,11 +38,14 @@ def variant_fields(variant):
     return {**fields, **PATCH_SIDES.get(variant, {})}
 
 
+def tiny_panda_config(model_type="llama", text=None, **overrides):
+    """Configuration of the paper's model, as small as it goes."""
+    return VideoPandaConfig(text_config=tiny_text_config(model_type, **(text or {})), **{**TINY, **overrides})
+
+
 def tiny_panda(variant="paper", model_type="llama", seed=0, text=None, **overrides):
     """A model whose LSTE does something: its last convolution, which starts at zero, is drawn."""
-    config = VideoPandaConfig(
-        text_config=tiny_text_config(model_type, **(text or {})), **{**TINY, **variant_fields(variant), **overrides}
-    )
+    config = tiny_panda_config(model_type, text, **{**variant_fields(variant), **overrides})
     torch.manual_seed(seed)
     model = VideoPandaForCausalLM(config).eval()
     lste = model.model.patch_embed.lste

@@ -55,3 +55,16 @@ def find_architecture(name: str) -> Architecture:
     if architecture is None:
         raise ConfigurationError(f"architecture {name!r} is not known; choose one of {', '.join(ARCHITECTURES)}.")
     return architecture
+
+
+def read_preset(name: str) -> tuple[Architecture, VideoDecoderConfig]:
+    """The system that has a preset of this name, and its configuration.
+
+    Raises:
+        ConfigurationError: No system has one.
+    """
+    for architecture in ARCHITECTURES.values():
+        if name in architecture.config.presets():
+            return architecture, architecture.config.from_preset(name)
+    known = [preset for architecture in ARCHITECTURES.values() for preset in architecture.config.presets()]
+    raise ConfigurationError(f"preset {name!r} is not known; choose one of {', '.join(known)}.")
