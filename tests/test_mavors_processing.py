@@ -140,6 +140,13 @@ def test_tokens_are_counted_before_decoding(processor):
     assert processor.plan(video, image, num_frames=10).num_tokens == counted.num_tokens
 
 
+def test_serving_engines_are_told_the_tokens_of_sizes(processor):
+    counts = processor._get_num_multimodal_tokens([(64, 96), (8, 8)], [(10, 36, 64)], num_frames=10)
+    assert counts["num_image_tokens"] == [2 + 15 + 6 * 16, 3]
+    assert counts["num_image_patches"] == [111, 1]
+    assert counts["num_video_tokens"] == [2 + 3 * 15]
+
+
 def test_the_ledger_knows_the_paper_size():
     config = MavorsConfig.from_preset("mavors-7b")
     for grid, tokens in (((14, 14), 11_760), ((10, 18), 10_800)):
@@ -164,6 +171,23 @@ def test_flops_of_a_chunk_are_those_of_its_parts():
     vit = 27 * (patches * (4 * 1152**2 + 2 * 1152 * 4304) + 2 * patches**2 * 1152)
     assert convolution * native / 1e9 == pytest.approx(7.9, abs=0.05)
     assert vit / 1e9 == pytest.approx(333, abs=1)
+
+
+@torch.no_grad()
+def test_flops_of_the_ledger_are_those_that_torch_counts(processor):
+    """Without the aggregator, whose attention torch counts as if it were not causal."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ids = {name: getattr(processor, name) for name in TOKEN_ID_FIELDS}
+    text = {"vocab_size": len(processor.tokenizer)}
+    model = MavorsForCausalLM(mavors_config(text=text, ifa_num_layers=0, **ids)).eval()
+    model.set_attn_implementation("eager")
+    out = processor(text="<video>", videos=draw(8), num_frames=8, return_tensors="pt")
+    front = model.model.patch_embed
+    with FlopCounterMode(display=False) as counter:
+        features = front.encode_pixels(out["pixel_values_videos"])
+        front(features, model.model._geometry(out["input_ids"], None, None, features))
+    assert counter.get_total_flops() == model.config.patch_embed_flops([[(3, 5)] * 8])
 
 
 @torch.no_grad()

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+from transformers.processing_utils import MultiModalData
 
 from elva_hf.budget_elva import FrameCost
 from elva_hf.decoding_elva import read_frames, resize_frame
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.frames_elva import FramePlan, Grid
+from elva_hf.frames_elva import NUM_BORDER_TOKENS, FramePlan, Grid
 from elva_hf.layout_elva import FrameLayout
 from elva_hf.options_elva import ElvaVideosKwargs, FrameOptions, check_flag, check_whole
 from elva_hf.processing_elva import ElvaProcessor
@@ -85,15 +86,19 @@ class MavorsFrameOptions(FrameOptions):
         """Frames per second at which chunks follow one another without a gap."""
         return self.sampling.fps or self.playback_fps
 
-    def boxes(self, info: VideoInfo) -> list[Box]:
+    def boxes(self, height: int, width: int) -> list[Box]:
         """The parts of an image that go through the encoder: the whole, and its sub-images."""
         return image_boxes(
-            info.height,
-            info.width,
+            height,
+            width,
             image_size=self.image_size,
             max_sub_images=self.max_sub_images,
             sub_images=self.sub_images,
         )
+
+    def image_grids(self, height: int, width: int) -> list[Grid]:
+        """Rows and columns of tokens of each of them."""
+        return [self.grid(box.height, box.width) for box in self.boxes(height, width)]
 
 
 class MavorsOpenVideo(OpenVideo):
@@ -109,7 +114,7 @@ class MavorsOpenVideo(OpenVideo):
         sampled = super().sample(counts)
         if not self.reader.info.is_image:
             return sampled
-        grids = [self.options.grid(box.height, box.width) for box in self.options.boxes(self.reader.info)]
+        grids = self.options.image_grids(self.reader.info.height, self.reader.info.width)
         return replace(sampled, grids=tuple(grid for grid in grids for _ in range(self.options.chunk_frames)))
 
     def memory(self, sampled: SampledVideo) -> int:
@@ -130,7 +135,7 @@ class MavorsOpenVideo(OpenVideo):
         decoded = read_frames(self.reader, plan, lambda height, width, _: (height, width), on_damage=self.on_damage)
         image = decoded.frames[0].permute(1, 2, 0)
         frames = []
-        for left, top, width, height in self.options.boxes(self.reader.info):
+        for left, top, width, height in self.options.boxes(planned.info.height, planned.info.width):
             size = self.options.frame_size(height, width, True)
             frames.append(resize_frame(image[top : top + height, left : left + width], size))
         return replace(planned, info=decoded.info, missing=decoded.missing, damage=decoded.damage), frames
@@ -258,6 +263,21 @@ class MavorsProcessor(ElvaProcessor):
     """
 
     default_video_processor = MavorsVideoProcessor
+
+    def _get_num_multimodal_tokens(
+        self,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        video_sizes: Sequence[tuple[int, int, int]] | None = None,
+        **options: Any,
+    ) -> MultiModalData:
+        """As in `ElvaProcessor`, with all parts of an image."""
+        counts = vars(super()._get_num_multimodal_tokens(None, video_sizes, **options))
+        if image_sizes is not None:
+            chosen = self.video_processor.resolve_options(**options)
+            patches = [sum(rows * cols for rows, cols in chosen.image_grids(*size)) for size in image_sizes]
+            counts |= {"num_image_tokens": [count + NUM_BORDER_TOKENS for count in patches]}
+            counts["num_image_patches"] = patches
+        return MultiModalData(**counts)
 
 
 def _split_own(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
