@@ -20,7 +20,10 @@ from merging_cases import assert_exact, in_double
 from tiny_elva import batch, with_pixels, words
 from transformers import AutoModelForCausalLM
 
+from elva_hf.decoder_elva import PackedTokens, drop_merged
 from elva_hf.errors_elva import ConfigurationError, PlaceholderError
+from elva_hf.merging_elva import InputMerge, Tubes
+from elva_hf.packing_elva import BatchLayout
 from elva_hf.siblings.mavors import vision_mavors
 from elva_hf.siblings.mavors.chunks_mavors import POSITION_UNIT
 from elva_hf.siblings.mavors.configuration_mavors import MavorsConfig
@@ -201,6 +204,37 @@ def test_compression_is_exact_in_batches(compressing, schedule):
     for i, sample in enumerate(SAMPLES):
         row = outputs.logits[i][inputs["attention_mask"][i].bool()]
         assert_exact(row, compressing(**alone(sample, i, WALK), merge_schedule=schedule).logits[0])
+
+
+def test_what_merged_before_the_decoder_is_counted_as_if_it_had_merged_in_it():
+    """Two rows, the second padded: tokens 1 to 3 of the first are a tube of which the last two stand for themselves."""
+    valid = torch.tensor([[True, True, True, True], [False, True, True, True]])
+    layout = BatchLayout.read(valid, 0, torch.device("cpu"))
+    packed = torch.arange(7)
+    tokens = PackedTokens(
+        hidden=torch.randn(7, 2), rotary=(torch.randn(1, 7, 2), torch.randn(1, 7, 2)),
+        tubes=torch.tensor([-1, 0, 0, 0, -2, 1, 1]), groups=torch.tensor([-1, 0, 0, 0, -1, 1, 1]),
+        sizes=torch.ones(7), origins=packed, now=packed, lengths=[4, 3], patches=[3, 2],
+    )  # fmt: skip
+    survivors = torch.tensor([[0, 1, 1, 3], [4, 5, 6, 6]])
+    tubes = Tubes(torch.zeros(2, 4), torch.zeros(2, 4), [0, 1], [3, 2], [1, 1], 0)
+    left = drop_merged(tokens, InputMerge(survivors, 0), layout, tubes)
+    assert left.origins.tolist() == [0, 1, 3, 4, 5]
+    assert left.now.tolist() == [0, 1, 1, 2, 3, 4, 4]
+    assert left.sizes.tolist() == [1, 2, 1, 1, 2]
+    assert (left.lengths, left.patches) == ([3, 2], [2, 1])
+    assert left.groups.tolist() == [-1, 0, 0, -1, 1]
+    assert torch.equal(left.hidden, tokens.hidden[left.origins])
+    assert torch.equal(left.rotary[0], tokens.rotary[0][:, left.origins])
+
+
+@torch.no_grad()
+def test_a_ratio_in_the_decoder_is_of_what_compression_left(compressing):
+    inputs = alone(SAMPLES[0], change=WALK)
+    cache = compressing(**inputs, merge_schedule=RATIO, use_cache=True).past_key_values
+    before, after = (int(cache.tokens_per_layer[layer]) - 9 for layer in (0, 1))  # 9 tokens are words and borders
+    assert 6 < before < 18
+    assert after == max(6, -(-before // 2))
 
 
 @torch.no_grad()

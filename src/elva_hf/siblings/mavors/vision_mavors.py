@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +65,16 @@ class Sequences:
     @property
     def chunk_counts(self) -> list[int]:
         """Chunks of each sequence."""
-        return [end - start for start, end in zip(self.first, self.first[1:], strict=False)]
+        return [end - start for start, end in pairwise(self.first)]
 
     @property
     def chunk_lengths(self) -> list[list[int]]:
         """Tokens of each chunk of each sequence."""
-        tokens = self.chunk_tokens
-        return [tokens[start:end] for start, end in zip(self.first, self.first[1:], strict=False)]
+        return self.split(self.chunk_tokens)
+
+    def split(self, of_chunks: list[int]) -> list[list[int]]:
+        """What each chunk has, sequence by sequence."""
+        return [of_chunks[start:end] for start, end in pairwise(self.first)]
 
     @property
     def numbers(self) -> Tensor:
@@ -79,13 +83,8 @@ class Sequences:
 
     def runs(self) -> Iterator[tuple[tuple[int, int], int]]:
         """Grids of neighbouring chunks that are alike, and how many chunks there are of each."""
-        run, count = self.grids[0], 0
-        for grid in self.grids:
-            if grid != run:
-                yield run, count
-                run, count = grid, 0
-            count += 1
-        yield run, count
+        for grid, alike in groupby(self.grids):
+            yield grid, len(list(alike))
 
     def token_positions(self, rope: str) -> Tensor:
         """`(n,)` float64 position of each token for the aggregator, in chunks, or in tokens of its sequence."""
@@ -197,9 +196,7 @@ class MavorsVisionEncoder(nn.Module):
         kept = merged.kept.cpu()
         chunk_of_token = torch.arange(len(sequences.grids)).repeat_interleave(torch.tensor(sequences.chunk_tokens))
         left = chunk_of_token[kept].bincount(minlength=len(sequences.grids)).tolist()
-        layout = ChunkLayout(
-            [left[start:end] for start, end in zip(sequences.first, sequences.first[1:], strict=False)], self.by_chunk
-        )
+        layout = ChunkLayout(sequences.split(left), self.by_chunk)
         embedded = self.projector(self.aggregator(merged.hidden, positions[kept], layout))
         return embedded[merged.new_index], merged
 
