@@ -14,7 +14,7 @@ from tiny_video_panda import VARIANTS, double_panda, shown, tiny_panda
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.errors_elva import PlaceholderError
 from elva_hf.modeling_elva import add_special_tokens
-from elva_hf.siblings.video_panda.configuration_video_panda import VideoPandaConfig
+from elva_hf.siblings.video_panda.configuration_video_panda import ABLATIONS, VideoPandaConfig
 from elva_hf.siblings.video_panda.modeling_video_panda import VideoPandaForCausalLM, VideoPandaModel
 from elva_hf.siblings.video_panda.processing_video_panda import VideoPandaProcessor, VideoPandaVideoProcessor
 
@@ -240,6 +240,14 @@ def test_the_processor_takes_8_frames_of_448_pixels_or_as_many_as_are_asked_for(
     assert VideoPandaVideoProcessor(num_frames=3).num_frames == 3
     sampled = processor.sample(draw_frames(num_frames=80, height=30, width=30))
     assert sampled.indices == (5, 15, 25, 35, 45, 55, 65, 75)  # the middles of 8 equal parts
+
+
+@pytest.mark.parametrize("ablation", [None, *ABLATIONS])
+def test_a_configuration_tells_its_processor_what_it_must_know(ablation):
+    config = VideoPandaConfig.from_preset("video-panda-7b", ablation)
+    processor = VideoPandaVideoProcessor(**config.video_options)
+    assert processor.layout == config.frame_layout and processor.patch_size == config.patch_size
+    assert processor.longest_edge == config.longest_edge and processor.num_high_res_frames == 8
 
 
 @pytest.mark.parametrize("row_tokens", [True, False])

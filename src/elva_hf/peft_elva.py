@@ -9,7 +9,7 @@ ELVA's patch embedding has a `q_proj` of its own, which a bare name would hit; `
 """
 
 
-def register_lora_targets(model_type: str) -> None:
+def register_lora_targets(model_type: str = "elva") -> None:
     """Give PEFT its default targets for a model type, if PEFT has been imported; an entry that is there stays."""
     constants = sys.modules.get("peft.utils.constants")
     targets = getattr(constants, "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", None)
