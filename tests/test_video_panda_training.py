@@ -66,7 +66,7 @@ class PlacedTeacher(DrawnTeacher):
 
 def test_targets_of_patches_are_those_of_their_frame_and_place():
     model = tiny_panda()
-    ids = torch.tensor([video((2, 2), (1, 2)) + video((2, 2))])
+    ids = torch.tensor([video((2, 2), (1, 2)) + video((2, 1))])
     geometry = model.model.read_geometry(ids)
     patches = eight_bits(pixels(ids))
     targets = teacher_targets(PlacedTeacher(), patches, geometry, patch_size=4, with_patches=True)
@@ -75,7 +75,7 @@ def test_targets_of_patches_are_those_of_their_frame_and_place():
     )
     base = targets.patches[0] - whole[0, 0, 0]  # the frame's own colours
     torch.testing.assert_close(targets.patches[:4], base + whole[0].flatten(0, 1))
-    assert targets.patches.shape == (4 + 2 + 4, WIDTH)
+    assert targets.patches.shape == (4 + 2 + 2, WIDTH)
     second = targets.patches[4:6] - whole[1].mean(0)
     torch.testing.assert_close(second[0], second[1])  # two columns of one row, pooled over both rows of the teacher
     assert teacher_targets(PlacedTeacher(), patches, geometry, patch_size=4).patches is None
