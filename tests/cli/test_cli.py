@@ -32,7 +32,7 @@ OPTIONS = {
     "ask": {"--model", "--max-new-tokens", "--merge-schedule", "--device", "--stream", *FRAME_OPTIONS},
     "plan": {"--model", "--preset", "--merge-schedule", "--json", *FRAME_OPTIONS},
     "show": {"--out", "--model", "--question", "--merge-schedule", "--step", "--device", *FRAME_OPTIONS},
-    "init": {"--architecture"},
+    "init": {"--architecture", "--image-tower"},
     "export": set(),
     "train": {"--out", "--dry-run", "--processes", "--list"},
     "demo": set(),

@@ -1,4 +1,4 @@
-"""Transformers' common tests on ElvaModel and ElvaForCausalLM; run by `make mixins` (scripts/run_mixins.py).
+"""Transformers' common tests on ELVA and Video-Panda; run by `make mixins` (scripts/run_mixins.py).
 
 Nothing of transformers' tests is copied here. Its sdist lacks three modules that the common tests import;
 they are replaced by empty ones, and what they would have tested is named below.
@@ -12,10 +12,13 @@ import unittest
 
 import torch
 from tiny_elva import tiny_config
+from tiny_video_panda import tiny_panda_config
 from transformers.models.auto import modeling_auto
 
 from elva_hf.configuration_elva import TOKEN_ID_FIELDS, ElvaConfig
 from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel
+from elva_hf.siblings.video_panda.configuration_video_panda import VideoPandaConfig
+from elva_hf.siblings.video_panda.modeling_video_panda import VideoPandaForCausalLM, VideoPandaModel
 
 
 def _stand_in(name, **contents):
@@ -34,8 +37,9 @@ _stand_in("tests.utils.test_configuration_utils", config_common_kwargs={})
 from tests import test_configuration_common, test_modeling_common, test_training_mixin  # noqa: E402
 
 # The common tests tell heads from base models by these static tables of names.
-modeling_auto.MODEL_MAPPING_NAMES["elva"] = "ElvaModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["elva"] = "ElvaForCausalLM"
+for _type, _name in (("elva", "Elva"), ("video_panda", "VideoPanda")):
+    modeling_auto.MODEL_MAPPING_NAMES[_type] = f"{_name}Model"
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_type] = f"{_name}ForCausalLM"
 
 START, END, PATCH, FRAME, LINE, IMAGE = range(20, 26)  # above the words of the training test, below a cut vocabulary
 HIGH, LOW = (FRAME, *2 * [PATCH, PATCH, LINE]), (FRAME, PATCH, PATCH, PATCH, LINE)
@@ -50,11 +54,10 @@ class ElvaModelTester:
     num_hidden_layers = 2
     num_attention_heads = 4
     hidden_size = 32
-    causal_lm_class = ElvaForCausalLM
-    base_model_class = ElvaModel
 
     def __init__(self, parent, batch_size=3, frames=FRAMES):
         self.parent = parent
+        self.base_model_class, self.causal_lm_class = parent.all_model_classes
         self.batch_size = batch_size
         self.sample = [30, 31, START, *frames, END, 32, 33, 34]
         self.seq_length = len(self.sample)
@@ -62,7 +65,7 @@ class ElvaModelTester:
 
     def get_config(self):
         """Tiny, with the usual small initial weights."""
-        return tiny_config(
+        return self.parent.tiny_config(
             text={"initializer_range": 0.02},
             initializer_range=0.02,
             video_start_token_id=START,
@@ -115,6 +118,8 @@ class ElvaModelTest(test_modeling_common.ModelTesterMixin, test_training_mixin.T
     """The common model tests and the overfitting test."""
 
     all_model_classes = (ElvaModel, ElvaForCausalLM)
+    config_class = ElvaConfig
+    tiny_config = staticmethod(tiny_config)
     _is_composite = True
     skip_test_video_features_output_shape = True
     additional_model_inputs = ["pixel_values_videos"]  # for the eager/sdpa tests
@@ -124,7 +129,7 @@ class ElvaModelTest(test_modeling_common.ModelTesterMixin, test_training_mixin.T
         special = [tester for prefix, tester in TESTERS.items() if self._testMethodName.startswith(prefix)]
         self.model_tester = (special or [ElvaModelTester])[0](self)
         self.config_tester = test_configuration_common.ConfigTester(
-            self, config_class=ElvaConfig, has_text_modality=False
+            self, config_class=self.config_class, has_text_modality=False
         )
 
     def prepare_config_and_inputs_for_generate(self, batch_size=2):
@@ -235,3 +240,11 @@ NOT_HERE = {
 
 for _name, _reason in {**SKIPPED, **(SKIPPED_WITH_MERGING if MERGE_SCHEDULE != "none" else {})}.items():
     setattr(ElvaModelTest, _name, unittest.skip(_reason)(getattr(ElvaModelTest, _name)))
+
+
+class VideoPandaModelTest(ElvaModelTest):
+    """The same on Video-Panda."""
+
+    all_model_classes = (VideoPandaModel, VideoPandaForCausalLM)
+    config_class = VideoPandaConfig
+    tiny_config = staticmethod(tiny_panda_config)
