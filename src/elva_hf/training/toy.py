@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from elva_hf.architectures_elva import find_architecture
+from elva_hf.architectures_elva import Architecture, find_architecture
 from elva_hf.configuration_elva import VideoDecoderConfig
 from elva_hf.data.collator import IGNORED, PackedRow, pack_rows
 from elva_hf.data.toy_rows import draw_questions, name_some_by_shape
@@ -323,14 +323,19 @@ def _muon(model: nn.Module, stage: ToyStage) -> MuonWithAdamW | None:
     return MuonWithAdamW(model, stage.learning_rate, stage.muon_learning_rate, stage.weight_decay)
 
 
-def build_model(recipe: dict[str, Any], tokenizer: Any) -> ElvaForCausalLM:
-    """A fresh model of the recipe's architecture and preset, with the task head of the teacher attached."""
-    system = find_architecture(recipe.get("architecture", "elva"))
+def build_config(system: Architecture, recipe: dict[str, Any], tokenizer: Any) -> VideoDecoderConfig:
+    """The configuration of a recipe's `preset`, with the tokenizer's ids, its `config` and its `text_config`."""
     config = system.config.from_preset(recipe["preset"], **add_special_tokens(tokenizer), **recipe.get("config", {}))
     text = {**config.text_config.to_dict(), "vocab_size": len(tokenizer), **recipe.get("text_config", {})}
     text.pop("layer_types", None)  # as many as there were layers
     config.text_config = type(config.text_config)(**text)
-    model = system.causal_lm(config)
+    return config
+
+
+def build_model(recipe: dict[str, Any], tokenizer: Any) -> ElvaForCausalLM:
+    """A fresh model of the recipe's architecture and preset, with the task head of the teacher attached."""
+    system = find_architecture(recipe.get("architecture", "elva"))
+    model = system.causal_lm(build_config(system, recipe, tokenizer))
     model.set_guidance({"teacher_width": teacher_width(recipe.get("teacher", ["looks"])), "frame_weight": 0.0})
     generation = model.generation_config
     generation.eos_token_id = tokenizer.eos_token_id
