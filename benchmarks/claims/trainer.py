@@ -224,6 +224,12 @@ def save_weights(model: nn.Module, path: Path) -> None:
     os.replace(partial, path)
 
 
+def read_weights(run: Run, folder: Path) -> Training:
+    """A model with the last weights of a run, which is made if they are not there; to ask, not to train."""
+    variant = replace(run.variant, name="reader", base=None)
+    return Training.start(Run(run.claim, variant, run.seed, run.budget, run.device, run), folder)
+
+
 def load_base(model: ElvaForCausalLM, base: Run, folder: Path) -> None:
     """Give a model the weights that its base ended with, but not the base's task heads.
 

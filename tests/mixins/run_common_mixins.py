@@ -163,10 +163,10 @@ TESTERS = {
 SKIPPED = {
     "test_attn_implementation_composite_models": "attention layers name the kernel's wrapper: test_modeling_elva.py",
     "test_generation_tester_mixin_inheritance": "the generation mixin is not in the sdist: test_generation_elva.py",
-    "test_get_video_features_attentions": "there is no vision tower, hence no attention in it",
-    "test_get_video_features_hidden_states": "there is no vision tower: the only layer is one linear",
+    "test_get_video_features_attentions": "it ends before any attention: with a linear map or a convolution",
+    "test_get_video_features_hidden_states": "it has one layer: a linear map or a convolution",
 }
-"""Tests that mean nothing without a vision tower, or cannot be had, by name, each with its reason."""
+"""Tests that mean nothing here, or cannot be had, by name, each with its reason."""
 
 SKIPPED_WITH_MERGING = dict.fromkeys(
     (
@@ -240,7 +240,7 @@ NOT_HERE = {
         "test_resize_tokens_embeddings_with_deepspeed_multi_gpu",
     ),
     "no learned positions in the decoder": ("test_resize_position_vector_embeddings",),
-    "there is no vision tower": ("test_sdpa_can_dispatch_composite_models",),
+    "there is no vision tower that is a model of its own": ("test_sdpa_can_dispatch_composite_models",),
     "for models without sub-configurations": ("test_sdpa_can_dispatch_non_composite_models",),
     "the decoder of the tester does not slide": ("test_sliding_window_mask",),
     "slow test of torch.compile on an accelerator": ("test_torch_compile_for_training",),
