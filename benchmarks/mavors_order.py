@@ -22,9 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import RESULTS, markdown_table, provenance, write_results
-from torch import nn
-
 from claims.protocol import Budget, Claim, Curve, Phase, Variant, compare
 from claims.run import BLIND_SCENES, QUICK_BLIND_SCENES, shorten_budget
 from claims.runs import Run, finish_runs, plan_runs, weights_path
@@ -32,6 +29,8 @@ from claims.siblings import DECODER, GUIDANCE
 from claims.trainer import read_weights, save_weights, train
 from claims.worlds import WORLDS
 from claims.writing import shuffle_frames
+from measuring import RESULTS, markdown_table, provenance, write_results
+from torch import nn
 
 NAME = "mavors-order"
 SEEDS = 3
@@ -61,10 +60,10 @@ STATES = {"images": "before", "clips": "after"}
 
 TEXT = """# Mavors: the order of frames inside a chunk
 
-A tiny Mavors learned from {steps} steps of images; its kernels were made equal, as inflation leaves them; then it learned
-from {tuning_steps} steps of {batch_size} clips of {frames} frames, in chunks of {chunk_frames}, nothing frozen. Before and
-after the clips: exact match on {test_scenes} test scenes with the frames of each chunk in order, and with the same frames
-shuffled inside their chunk. {num_seeds} seeds, teacher `{teacher}` with L_MSE.
+A tiny Mavors learned from {steps} steps of images; its kernels were made equal, as inflation leaves them; then it
+learned from {tuning_steps} steps of {batch_size} clips of {frames} frames, in chunks of {chunk_frames}, nothing frozen.
+Before and after the clips: exact match on {test_scenes} test scenes with the frames of each chunk in order, and with
+the same frames shuffled inside their chunk. {num_seeds} seeds, teacher `{teacher}` with L_MSE.
 
 {table}
 

@@ -1,6 +1,6 @@
 """ELVA, Video-Panda and Mavors side by side: one decoder, equal steps, equal frames, several seeds.
 
-    python benchmarks/siblings.py            # 5 seeds, 15 runs of some 4 minutes on a CPU core; goes on where it stopped
+    python benchmarks/siblings.py            # 5 seeds: 15 runs of some 4 minutes on a CPU core; resumes what is there
     python benchmarks/siblings.py --quick    # does the script work; keeps nothing
 
 Accuracy is that of `claims/siblings.py`, trained and kept as the claims are. Tokens and FLOPs are derived from the
@@ -21,9 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from measuring import RESULTS, Meter, markdown_table, provenance, ratio, run_in_fresh_process, spread, write_results
-from transformers import BatchFeature
-
 from claims import teachers
 from claims.protocol import SEEDS, Claim, Variant
 from claims.report import summarise
@@ -33,6 +30,9 @@ from claims.siblings import CLAIM
 from claims.tables import Result, describe, mean_of_columns
 from claims.trainer import build_model, count_parameters, train
 from claims.worlds import WORLDS
+from measuring import RESULTS, Meter, markdown_table, provenance, ratio, run_in_fresh_process, spread, write_results
+from transformers import BatchFeature
+
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import FRAME_SIZE, questions, render, sample_scene
 from elva_hf.ledger_elva import plan_tokens
@@ -63,8 +63,8 @@ ELVA's" is the median of the ratios within a round.
 {by_column}
 
 "Blind" is the best answerer that never looks: the commonest answer to each question, counted on {blind_scenes}.
-Intervals are Student's, 95 %, of differences within a seed; positive: the first one is better. None is corrected for the
-number of comparisons, and there is no verdict.
+Intervals are Student's, 95 %, of differences within a seed; positive: the first one is better. None is corrected for
+the number of comparisons, and there is no verdict.
 
 Measured: `{command}`, {device}, commit {commit}, {date}.
 """

@@ -15,9 +15,10 @@ from transformers import TrainingArguments, set_seed
 
 from elva_hf.data.collator import ElvaCollator
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
-from elva_hf.data.toy_world import render, sample_scene
+from elva_hf.data.toy_world import render, sample_scene, write_mp4
 from elva_hf.errors_elva import ConfigurationError, ElvaError
 from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM
+from elva_hf.siblings.mavors.rows_mavors import HEADER
 from elva_hf.training.building import PART_MODULES, build_model, build_processor
 from elva_hf.training.plan import plan_recipe
 from elva_hf.training.preference import PairedCollator, PreferenceTrainer, dpo_loss
@@ -331,6 +332,20 @@ def test_the_toy_world_writes_what_the_processor_writes(num_frames):
     torch.testing.assert_close(batch["pixel_values_videos"][: len(rows)], rows, atol=1e-6, rtol=0)
     ids = out["input_ids"][0].tolist()
     assert data[0]["row"].prefix[-len(ids) :] == ids
+
+
+def test_a_file_of_the_toy_world_is_read_as_its_frames_are(tmp_path):
+    model, tokenizer, _, _ = toy_batch()
+    processor = build_toy_processor(tokenizer, model.config)
+    frames = render(sample_scene(0))
+    write_mp4(frames, tmp_path / "clip.mp4")
+    array, file = (processor(text="<video>", videos=video, return_tensors="pt")
+                   for video in (frames, str(tmp_path / "clip.mp4")))  # fmt: skip
+    assert torch.equal(array["input_ids"], file["input_ids"])
+    array, file = array["pixel_values_videos"], file["pixel_values_videos"]
+    assert len(array) == 8 * 16
+    assert torch.equal(array[:, -HEADER:], file[:, -HEADER:])  # the same frames of the same chunks at the same times
+    assert (array[:, :-HEADER] - file[:, :-HEADER]).abs().mean() < 0.05
 
 
 def test_a_step_on_the_toy_world_learns_from_words_and_teacher():

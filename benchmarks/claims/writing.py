@@ -77,4 +77,3 @@ def _orders(num_frames: int, chunk_frames: int, rng: np.random.Generator) -> lis
             drawn = rng.permutation(own)
         orders.append(drawn)
     return orders
-

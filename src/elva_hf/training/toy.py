@@ -40,6 +40,9 @@ from elva_hf.video_processing_elva import patchify
 
 logger = logging.getLogger(__name__)
 
+NUM_FRAMES = 8
+"""Frames of a clip of the world, unless a stage says otherwise."""
+
 
 def frames_to_patches(frames: np.ndarray, patch_size: int) -> Tensor:
     """Cut `(T, H, W, 3)` uint8 frames into `(T * rows * columns, 3 * patch_size**2)` normalised patches."""
@@ -345,7 +348,10 @@ def build_model(recipe: dict[str, Any], tokenizer: Any) -> ElvaForCausalLM:
 
 def build_processor(tokenizer: Any, config: VideoDecoderConfig) -> ElvaProcessor:
     """The processor of a toy model: eight frames, all at high resolution."""
-    return find_architecture(config.model_type).processor.from_tokenizer(tokenizer, **config.video_options)
+    options = config.video_options
+    if "num_high_res_frames" not in options:
+        options["num_frames"] = NUM_FRAMES  # Mavors reads by frames per second, which arrays have not
+    return find_architecture(config.model_type).processor.from_tokenizer(tokenizer, **options)
 
 
 def stages_from(stages: list[ToyStage], name: str | None) -> list[ToyStage]:
