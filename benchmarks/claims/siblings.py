@@ -28,7 +28,8 @@ CLAIM = Claim(
     budget=Budget(steps=400, single_share=0.5),
     notes=(
         "All three have the decoder of the shipped checkpoint's recipe and L_MSE from one hand-made teacher, which "
-        "knows looks and place; Mavors' paper has no teacher and Video-Panda's compares patch by patch. Nothing starts from "
-        "trained weights, so Mavors has no image tower to inflate. Images come before clips."
+        "knows looks and place; Mavors' paper has no teacher and Video-Panda's compares patch by patch. Nothing starts "
+        "from trained weights, so Mavors has no image tower to inflate. Muon steps the matrices of Mavors' tower too. "
+        "Images come before clips."
     ),
 )
