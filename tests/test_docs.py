@@ -5,11 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from toy_runs import save_teacher
 from typer.main import get_command
 
 import elva_hf
 from elva_hf.cli import app
+from elva_hf.data.toy_tokenizer import build_toy_tokenizer
+from elva_hf.training.toy import build_model, build_processor, save
+from elva_hf.training.toy_recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -41,6 +45,27 @@ def test_the_loop_of_the_training_page_runs_and_logs_what_it_says(tmp_path, monk
     said = block.splitlines()[-1].partition("# ")[2].split(", ")
     assert set(said) <= set(namespace["trainer"].state.log_history[0])
     assert said[0] == "loss" and len(said) == 5
+
+
+def test_the_block_of_the_page_on_mavors_runs(tmp_path, monkeypatch):
+    recipe, _ = read_recipe("mavors_tiny")
+    tokenizer = build_toy_tokenizer()
+    model = build_model(recipe, tokenizer)
+    save(model, tmp_path / "model")
+    build_processor(tokenizer, model.config).save_pretrained(tmp_path / "model")
+    for name in ("clip.mp4", "film.mp4"):
+        shutil.copy(elva_hf.tiny_checkpoint() / "demo.mp4", tmp_path / name)
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "page.png")
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks("python", (ROOT / "docs" / "mavors.md").read_text())
+    exec(compile(block, "mavors.md", "exec"), {"path": "model"})
+
+
+def test_the_block_of_the_page_on_video_panda_runs():
+    (block,) = blocks("python", (ROOT / "docs" / "video-panda.md").read_text())
+    namespace = {}
+    exec(compile(block, "video-panda.md", "exec"), namespace)
+    assert namespace["model"].config.model_type == "video_panda"
 
 
 def find_command(words):

@@ -44,6 +44,8 @@ def weight_names(folder):
         ({"teacher_width": 6, "logit_scale_init": math.nan}, "logit_scale_init=nan"),
         ({"teacher_width": 6, "mask_same_video": 1}, "mask_same_video=1"),
         ({"teacher_width": 6, "tube_weight": 0, "frame_weight": 0}, "both weights are 0"),
+        ({"teacher_width": 6, "patch_weight": -1.0}, "patch_weight=-1.0"),
+        ({"teacher_width": 6, "patch_loss": "l1"}, "patch_loss='l1'"),
     ],
 )
 def test_a_malformed_guidance_is_refused_at_construction_and_when_set(guidance, named):
@@ -67,6 +69,8 @@ def test_a_guidance_is_completed_and_survives_saving(tmp_path):
         "frame_weight": 0.5,
         "logit_scale_init": math.log(1 / 0.07),
         "mask_same_video": False,
+        "patch_weight": 0.0,
+        "patch_loss": "cosine",
     }
     assert config.guidance == ElvaConfig.from_pretrained(tmp_path).guidance == expected
     assert tiny_config().guidance is None

@@ -22,6 +22,11 @@ PUBLIC = [
     "ElvaPreTrainedModel",
     "ElvaProcessor",
     "ElvaVideoProcessor",
+    "MavorsConfig",
+    "MavorsForCausalLM",
+    "MavorsModel",
+    "MavorsProcessor",
+    "MavorsVideoProcessor",
     "MergeSchedule",
     "MergeStep",
     "PlaceholderError",
@@ -29,6 +34,11 @@ PUBLIC = [
     "UrlPolicy",
     "VideoClip",
     "VideoError",
+    "VideoPandaConfig",
+    "VideoPandaForCausalLM",
+    "VideoPandaModel",
+    "VideoPandaProcessor",
+    "VideoPandaVideoProcessor",
     "tiny_checkpoint",
 ]
 

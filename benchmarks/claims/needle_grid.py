@@ -1,7 +1,8 @@
 """Length by depth: does a model that was trained on short videos find one frame among many, and what does merging cost?
 
-    python benchmarks/claims/needle_grid.py            # trains 3 seeds, then fills the grid: some 15 minutes on CPU
-    python benchmarks/claims/needle_grid.py --quick    # does the script work
+    python benchmarks/claims/needle_grid.py                  # trains 3 seeds, then fills the grid: 15 minutes on CPU
+    python benchmarks/claims/needle_grid.py --model mavors   # the same on Mavors: chunks by depth
+    python benchmarks/claims/needle_grid.py --quick          # does the script work
 
 The picture is that of Mavors' needle test: frames of the video against depth of the needle in it. Nothing was tuned to
 the ways of reading: the same weights read with all patches, or with half of them.
@@ -14,7 +15,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from PIL import Image, ImageDraw, ImageFont
 from claims.needle import QUESTION, draw_haystack, encode_haystack
 from claims.protocol import Budget, Reduction, Variant
 from claims.runs import Run, finish_runs
-from claims.trainer import Training, evaluate, train
+from claims.trainer import Training, evaluate, read_weights, train
 from elva_hf.data.toy_world import COLORS
 
 NAME = "needle-grid"
+"""Of ELVA's grid."""
+
 LENGTHS = (8, 16, 32, 64)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEEDS, VIDEOS = 3, 50
@@ -44,23 +47,57 @@ WAYS: dict[str, Reduction | None] = {
     "half of the frames": Reduction("drop", 0.5),
 }
 FRAMES_AT_ONCE = 400
+MAVORS_CHUNK = 4
+"""Frames of a chunk of the `mavors-tiny` preset."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A grid of one model.
+
+    Args:
+        name: Of its files.
+        title: Of its page.
+        variant: What is trained.
+        ways: How its weights are read, by name; those that a model of chunks can have.
+        chunk_frames: Frames that the model takes as one.
+    """
+
+    name: str
+    title: str
+    variant: Variant
+    ways: Mapping[str, Reduction | None]
+    chunk_frames: int = 1
+
+
+GRIDS = {
+    "elva": Grid(NAME, "Needle in a haystack: length by depth", Variant("haystack"), WAYS),
+    "mavors": Grid(
+        f"{NAME}-mavors",
+        "Needle in a haystack: Mavors, chunks by depth",
+        Variant("mavors", {"preset": "mavors-tiny"}),
+        {name: WAYS[name] for name in ("all patches", "merged to 1/2")},
+        MAVORS_CHUNK,
+    ),
+}
 
 _FINE = 2  # drawn so many times larger, then averaged down
 _CELL, _LEFT, _TOP, _GAP, _FOOT = (62, 46), 84, 104, 40, 64
 _BAD, _GOOD = (214, 96, 0), (0, 95, 204)
 
 
-def plan(seeds: int, device: str, quick: bool) -> list[Run]:
+def plan(seeds: int, device: str, quick: bool, grid: Grid = GRIDS["elva"]) -> list[Run]:
     """One training for each seed, whose weights are kept."""
     budget = BUDGET
     if quick:
         few = {"steps": 2, "batch_size": 2, "evaluate_every": 2, "validation_scenes": 2, "test_scenes": 2, "warmup": 1}
         budget = replace(BUDGET, **few)
-    variant = Variant("haystack")
-    return [Run(NAME, variant, seed, budget, device, keeps_weights=True) for seed in range(seeds)]
+    return [Run(grid.name, grid.variant, seed, budget, device, keeps_weights=True) for seed in range(seeds)]
 
 
-def fill(run: Run, folder: Path, lengths: Sequence[int], videos: int) -> dict[str, list[list[float]]]:
+def fill(
+    run: Run, folder: Path, lengths: Sequence[int], videos: int, ways: Mapping[str, Reduction | None] = WAYS
+) -> dict[str, list[list[float]]]:
     """What the weights of a run answer on the test split.
 
     Args:
@@ -68,23 +105,22 @@ def fill(run: Run, folder: Path, lengths: Sequence[int], videos: int) -> dict[st
         folder: Of the finished runs.
         lengths: Frames of the videos.
         videos: Of a cell; at every depth and length the same haystacks.
+        ways: Of reading.
 
     Returns:
         Per way of reading, per length and per depth the share of right answers.
     """
-    model = Training.start(
-        Run(NAME, replace(run.variant, name="reader"), run.seed, run.budget, run.device, run), folder
-    )
+    model = read_weights(run, folder)
     return {
         way: [[_score(model, length, depth, videos, reduction) for depth in DEPTHS] for length in lengths]
-        for way, reduction in WAYS.items()
+        for way, reduction in ways.items()
     }
 
 
 def _score(reader: Training, length: int, depth: float, videos: int, reduction: Reduction | None) -> float:
     patch_size = reader.model.config.patch_size
     hays = [draw_haystack(seed, length, "test", depth) for seed in range(videos)]
-    rows = [encode_haystack(hay, reader.tokenizer, patch_size) for hay in hays]
+    rows = reader.write([encode_haystack(hay, reader.tokenizer, patch_size) for hay in hays])
     variant = replace(reader.run.variant, reduction=reduction)
     at_once = max(1, FRAMES_AT_ONCE // length)
     score = evaluate(reader.model, rows, reader.tokenizer.pad_token_id, variant, reader.run.device, at_once)
@@ -92,9 +128,16 @@ def _score(reader: Training, length: int, depth: float, videos: int, reduction: 
 
 
 def measure(
-    folder: Path, out: Path, *, device: str, jobs: int, stamp: Mapping[str, Any], quick: bool = False
+    folder: Path,
+    out: Path,
+    *,
+    device: str,
+    jobs: int,
+    stamp: Mapping[str, Any],
+    quick: bool = False,
+    grid: Grid = GRIDS["elva"],
 ) -> dict[str, Any]:
-    """Train, fill the grid, and write `needle-grid.json`, `.md` and `.png`.
+    """Train, fill the grid, and write its `.json`, `.md` and `.png`.
 
     Args:
         folder: Of the finished runs; those that are there are not made again.
@@ -103,13 +146,17 @@ def measure(
         jobs: Processes that train.
         stamp: Commit, date, versions, device and command.
         quick: One seed, two steps, two short lengths: figures without meaning.
+        grid: Of which model.
     """
-    runs = plan(1 if quick else SEEDS, device, quick)
+    runs = plan(1 if quick else SEEDS, device, quick, grid)
     lengths, videos = (LENGTHS[:2], 2) if quick else (LENGTHS, VIDEOS)
-    lines = finish_runs(runs, folder / f"{NAME}.jsonl", train, jobs=1 if quick else jobs, stamp=stamp)
-    grids = [fill(run, folder, lengths, videos) for run in runs]
+    lines = finish_runs(runs, folder / f"{grid.name}.jsonl", train, jobs=1 if quick else jobs, stamp=stamp)
+    grids = [fill(run, folder, lengths, videos, grid.ways) for run in runs]
     result = {
         **stamp,
+        "name": grid.name,
+        "title": grid.title,
+        "chunk_frames": grid.chunk_frames,
         "lengths": lengths,
         "depths": DEPTHS,
         "trained_frames": BUDGET.frames,
@@ -119,12 +166,12 @@ def measure(
         "question": QUESTION,
         "chance": 1 / len(COLORS),
         "test": [line["curve"]["test"]["needle"] for line in lines],
-        "per_seed": {way: [grid[way] for grid in grids] for way in WAYS},
-        "mean": {way: np.mean([grid[way] for grid in grids], 0).tolist() for way in WAYS},
+        "per_seed": {way: [shares[way] for shares in grids] for way in grid.ways},
+        "mean": {way: np.mean([shares[way] for shares in grids], 0).tolist() for way in grid.ways},
     }
     result["summary"] = summarise(result)
-    write_results(out, NAME, result, make_page(result))
-    draw_grid(result).save(out / f"{NAME}.png")
+    write_results(out, grid.name, result, make_page(result))
+    draw_grid(result).save(out / f"{grid.name}.png")
     return result
 
 
@@ -145,13 +192,13 @@ def make_page(result: Mapping[str, Any]) -> str:
     """The page, from the figures alone."""
     header = ["reading", "frames", *(f"depth {depth:g}" for depth in result["depths"])]
     rows = [
-        [way, length, *map(float, shares)]
+        [way, _length(length, result), *map(float, shares)]
         for way, grid in result["mean"].items()
         for length, shares in zip(result["lengths"], grid, strict=True)
     ]
     trained = " and ".join(map(str, result["trained_frames"]))
     text = [
-        "# Needle in a haystack: length by depth",
+        f"# {result['title']}",
         "",
         f'One frame of a video shows a coloured square; the question is "{result["question"]}". Trained on videos of '
         f"{trained} frames for {result['steps']} steps; {len(result['seeds'])} seed(s), {result['videos']} test videos "
@@ -160,13 +207,19 @@ def make_page(result: Mapping[str, Any]) -> str:
         "",
         result["summary"],
         "",
-        f"![length by depth]({NAME}.png)",
+        f"![length by depth]({result['name']}.png)",
         "",
         markdown_table(header, rows),
         "",
         f"Measured: `{result['command']}`, {result['device']}, commit {result['commit']}, {result['date']}.",
     ]
     return "\n".join(text) + "\n"
+
+
+def _length(frames: int, result: Mapping[str, Any]) -> Any:
+    """Frames, and the chunks that they are where a model takes several as one."""
+    size = result["chunk_frames"]
+    return frames if size == 1 else f"{frames} ({-(-frames // size)} chunks)"
 
 
 def draw_grid(result: Mapping[str, Any]) -> Image.Image:
@@ -215,6 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=GRIDS, default="elva")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--runs", type=Path, default=Path("runs/claims"), help="folder of the finished runs")
@@ -229,7 +283,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         runs, out = (Path(folder), Path(folder)) if options.quick else (options.runs, options.out)
-        measure(runs, out, device=options.device, jobs=options.jobs, stamp=stamp, quick=options.quick)
+        measure(
+            runs,
+            out,
+            device=options.device,
+            jobs=options.jobs,
+            stamp=stamp,
+            quick=options.quick,
+            grid=GRIDS[options.model],
+        )
 
 
 if __name__ == "__main__":

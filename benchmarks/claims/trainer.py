@@ -25,13 +25,15 @@ from claims.reduction import read
 from claims.runs import Run, teachers_folder, weights_path
 from claims.world import Asked
 from claims.worlds import WORLDS
-from elva_hf.configuration_elva import ElvaConfig
+from claims.writing import rewrite
+from elva_hf.architectures_elva import read_preset
 from elva_hf.data.collator import pad_samples, shared_prefix_mask
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
-from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
+from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training.guidance import GuidanceHook
 from elva_hf.training.losses import generative_loss
 from elva_hf.training.muon import MuonWithAdamW
+from elva_hf.training.toy import build_config
 
 CLIP_NORM = 1.0
 ADAM_BETAS = (0.9, 0.98)
@@ -61,11 +63,17 @@ def see(rows: Sequence[Asked], teacher: str, patch_size: int, folder: Path | Non
 
 
 def build_model(variant: Variant, seed: int, tokenizer: PreTrainedTokenizerBase) -> ElvaForCausalLM:
-    """A fresh model of the `tiny` preset with the variant's fields, and its task heads if it has a teacher."""
+    """A fresh model with the variant's fields, and its task heads if it has a teacher.
+
+    The fields may have `preset`, `"tiny"` if not, which names ELVA or a sibling; and `text_config`, fields of the
+    decoder's that differ from the preset's.
+    """
     torch.manual_seed(seed)
-    config = ElvaConfig.from_preset("tiny", **add_special_tokens(tokenizer), **variant.config)
-    config.text_config.vocab_size = len(tokenizer)
-    model = ElvaForCausalLM(config)
+    fields = dict(variant.config)
+    preset, text = fields.pop("preset", "tiny"), fields.pop("text_config", {})
+    system, _ = read_preset(preset)
+    config = build_config(system, {"preset": preset, "config": fields, "text_config": text}, tokenizer)
+    model = system.causal_lm(config)
     if variant.guidance is not None:
         model.set_guidance({"teacher_width": teachers.width(variant.teacher), **variant.guidance})
     return model
@@ -135,10 +143,14 @@ class Training:
         return cls(run, model.to(run.device).train(), tokenizer, folder)
 
     def ask(self, scenes: Sequence[Any]) -> list[Asked]:
-        """Render scenes and ask about them."""
+        """Render scenes and ask about them, in ELVA's tokens; `write` turns them into the model's."""
         world, number = WORLDS[self.run.budget.world], self.run.budget.questions
         patch_size = self.model.config.patch_size
         return [world.ask(scene, number, self.tokenizer, patch_size, self.run.variant) for scene in scenes]
+
+    def write(self, rows: Sequence[Asked]) -> list[Asked]:
+        """Rows as the model reads them."""
+        return [rewrite(row, self.model.config, self.tokenizer) for row in rows]
 
     def held_out(self, split: str, number: int) -> list[Asked]:
         """Rows of an evaluation."""
@@ -148,15 +160,15 @@ class Training:
         """What a step learns from."""
         run = self.run
         rows = self.ask(WORLDS[run.budget.world].draw(run.budget, run.seed, step, run.variant))
-        batch = make_batch(rows, self.tokenizer.pad_token_id, run.device)
+        batch = make_batch(self.write(rows), self.tokenizer.pad_token_id, run.device)
         if run.variant.guidance is not None:
             towers = teachers_folder(self.folder)
             batch |= see(rows, run.variant.teacher, self.model.config.patch_size, towers, run.device)
         return batch
 
     def score(self, rows: Sequence[Asked]) -> Score:
-        """See `evaluate`."""
-        return evaluate(self.model, rows, self.tokenizer.pad_token_id, self.run.variant, self.run.device)
+        """See `evaluate`; rows as `ask` gives them."""
+        return evaluate(self.model, self.write(rows), self.tokenizer.pad_token_id, self.run.variant, self.run.device)
 
 
 def train(run: Run, folder: Path) -> Curve:
@@ -210,6 +222,12 @@ def save_weights(model: nn.Module, path: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     save_file({name: weight.detach().cpu().clone() for name, weight in model.state_dict().items()}, partial)
     os.replace(partial, path)
+
+
+def read_weights(run: Run, folder: Path) -> Training:
+    """A model with the last weights of a run, which is made if they are not there; to ask, not to train."""
+    variant = replace(run.variant, name="reader", base=None)
+    return Training.start(Run(run.claim, variant, run.seed, run.budget, run.device, run), folder)
 
 
 def load_base(model: ElvaForCausalLM, base: Run, folder: Path) -> None:

@@ -24,6 +24,7 @@ from .cache_elva import ElvaCache, adopt_cache
 from .errors_elva import ConfigurationError
 from .geometry_elva import to_host
 from .merging_elva import (
+    InputMerge,
     MergeMap,
     Tubes,
     count_removals,
@@ -156,6 +157,43 @@ def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, t
     )
 
 
+def drop_merged(tokens: PackedTokens, merged: InputMerge, layout: BatchLayout, tubes: Tubes | None) -> PackedTokens:
+    """Leave out of a packed row what merged before the decoder; waits once for the device.
+
+    Args:
+        tokens: Of the whole input.
+        merged: What merged.
+        layout: Of the batch.
+        tubes: The host's knowledge of the groups, None if nothing merges later.
+    """
+    here = tokens.now
+    places = torch.empty(layout.valid.numel(), dtype=here.dtype, device=here.device)
+    places = places.index_copy(0, here if layout.index is None else layout.index, here)
+    survivors = places[layout.pack(merged.survivors)]
+    alive = survivors == here
+    left = to_host(alive)
+    kept = torch.nonzero_static(alive, size=int(left.sum())).squeeze(1)
+    new_index = (alive.cumsum(0) - 1)[survivors]
+    state = replace(
+        tokens,
+        hidden=tokens.hidden[kept],
+        rotary=tuple(part[:, kept] for part in tokens.rotary),
+        origins=tokens.origins[kept],
+        now=new_index,
+        lengths=[int(part.sum()) for part in left.split(tokens.lengths)],
+    )
+    if tubes is None:
+        return state
+    groups = tokens.groups[kept]
+    return replace(
+        state,
+        tubes=tokens.tubes[kept],
+        groups=groups,
+        sizes=torch.zeros_like(tokens.sizes[kept]).index_add(0, new_index, tokens.sizes),
+        patches=to_host((groups + 1).bincount(minlength=len(tokens.patches) + 1))[1:].tolist(),
+    )
+
+
 def run_packed(
     decoder: PreTrainedModel,
     inputs_embeds: Tensor,
@@ -166,6 +204,7 @@ def run_packed(
     use_cache: bool | None = None,
     tubes: Tubes | None = None,
     schedule: MergeSchedule = NO_MERGING,
+    merged: InputMerge | None = None,
     valid: Tensor | None = None,
     frame_index: Tensor | None = None,
     questions: list[list[int]] | None = None,
@@ -184,6 +223,7 @@ def run_packed(
         use_cache: Whether to return keys and values; as the decoder's configuration says if None.
         tubes: What may merge; None if nothing may.
         schedule: When it does.
+        merged: What merged before the decoder, and takes no room in it; None if nothing did.
         valid: `(B, N)` bool on the host, the mask of the new tokens, if the caller has it there.
         frame_index: `(B, N)` frame of each visual token, for the merge map.
         questions: Per sample the tokens of each question at its end, which sees the prefix before all questions and
@@ -206,28 +246,28 @@ def run_packed(
         use_cache = False
     tubes = tubes if schedule else None
     tokens = inputs_embeds.shape[1]
-    if valid is None:
-        mask = None if attention_mask is None else attention_mask[:, -tokens:] != 0
-        valid = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool) if mask is None else to_host(mask)
-    layout = BatchLayout.read(valid, tokens if tubes is None else tubes.tail, inputs_embeds.device, questions)
+    valid = _read_mask(attention_mask, inputs_embeds) if valid is None else valid
+    tails = [what.tail for what in (tubes, merged) if what is not None]
+    layout = BatchLayout.read(valid, min(tails, default=tokens), inputs_embeds.device, questions)
     seen = 0 if past_key_values is None else int(past_key_values.get_seq_length())
     has_past = seen and attention_mask is not None and attention_mask.shape[1] == seen + tokens
     past_mask = attention_mask[:, :seen] != 0 if has_past else None
-    cache = _open_cache(decoder, past_key_values, use_cache, tubes is not None, past_mask)
-    if tubes is not None or isinstance(cache, ElvaCache) or questions is not None:
+    cache = _open_cache(decoder, past_key_values, use_cache, bool(tails), past_mask)
+    if tails or isinstance(cache, ElvaCache) or questions is not None:
         check_window(config, seen + tokens)
     past = _past_masks(cache, past_mask, seen, len(valid), config.num_hidden_layers)
     positions = _positions(position_ids, attention_mask, seen, inputs_embeds)
     state = _pack(decoder, inputs_embeds, positions, layout, tubes)
+    state = state if merged is None else drop_merged(state, merged, layout, tubes)
     trace = Trace(StateTrace.start(output_hidden_states, config.num_hidden_layers), {} if output_merge_map else None)
+    if merged is not None and trace.survivors is not None:
+        trace.survivors[0] = _survivor_columns(state, layout)
     state = _run_stages(decoder, state, layout, cache, past, (schedule, tubes), trace, kwargs)
 
     final = _restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
-    merge_map = None
-    if trace.survivors is not None:
-        merge_map = MergeMap(tuple(trace.survivors), tuple(trace.survivors.values()), frame_index)
-        if isinstance(cache, ElvaCache):
-            cache.record_merges(merge_map, seen)
+    merge_map = trace.merge_map(frame_index)
+    if merge_map is not None and isinstance(cache, ElvaCache):
+        cache.record_merges(merge_map, seen)
     return DecoderOutput(final, cache, trace.states.finish(final), merge_map)
 
 
@@ -274,6 +314,12 @@ class Trace:
 
     states: StateTrace
     survivors: dict[int, Tensor] | None
+
+    def merge_map(self, frame_index: Tensor | None) -> MergeMap | None:
+        """Who stands for whom after each merge, if it was asked for."""
+        if self.survivors is None:
+            return None
+        return MergeMap(tuple(self.survivors), tuple(self.survivors.values()), frame_index)
 
 
 def _run_stages(
@@ -388,6 +434,13 @@ def _pack(
         lengths=layout.valid.sum(1).tolist(),
         patches=[] if tubes is None else list(tubes.patches),
     )
+
+
+def _read_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
+    """`(B, N)` bool on the host: which of the new tokens are no padding."""
+    if attention_mask is None:
+        return torch.ones(like.shape[:2], dtype=torch.bool)
+    return to_host(attention_mask[:, -like.shape[1] :] != 0)
 
 
 def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, seen: int, like: Tensor) -> Tensor:

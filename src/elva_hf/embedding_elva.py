@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration_elva import ElvaConfig
 from .geometry_elva import VisualGeometry
@@ -16,7 +17,7 @@ def segment_softmax(scores: Tensor, segments: Tensor, num_segments: int) -> Tens
     """Softmax over the members of each segment, without padding.
 
     Args:
-        scores: `(P, H)` float32.
+        scores: `(P, H)` float32 or float64.
         segments: `(P,)` segment of each row, `0..num_segments-1`.
         num_segments: `S`.
 
@@ -42,10 +43,11 @@ def segment_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Ten
         num_segments: `S`.
 
     Returns:
-        `(S, H, d)` in the dtype of `values`; sums and softmax in float32.
+        `(S, H, d)` in the dtype of `values`; sums and softmax at least in float32.
     """
-    scores = torch.einsum("phd,hd->ph", keys.float(), query.float()) * query.shape[-1] ** -0.5
-    weighted = values.float() * segment_softmax(scores, segments, num_segments)[..., None]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    scores = torch.einsum("phd,hd->ph", keys.to(wide), query.to(wide)) * query.shape[-1] ** -0.5
+    weighted = values.to(wide) * segment_softmax(scores, segments, num_segments)[..., None]
     return weighted.new_zeros(num_segments, *values.shape[1:]).index_add(0, segments, weighted).to(values.dtype)
 
 
@@ -100,6 +102,12 @@ class ElvaPatchEmbedding(nn.Module):
             else None
         )
         self.out_proj = nn.Linear(width, hidden_size)
+
+    def reset_own_parameters(self, config: ElvaConfig) -> None:
+        """Draw what is no weight of a linear layer."""
+        init.normal_(self.special_tokens, std=config.initializer_range)
+        if self.positions is not None:
+            init.normal_(self.positions, std=config.patch_embed_positions_std)
 
     def encode_pixels(self, pixel_values_videos: Tensor) -> Tensor:
         """First linear: `(P, 3 * patch_size**2)` normalised pixels to `(P, width)`; needs no geometry."""

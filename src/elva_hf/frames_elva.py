@@ -13,9 +13,11 @@ from numbers import Real
 from typing import NamedTuple
 
 from .errors_elva import ConfigurationError, VideoError
+from .layout_elva import FrameLayout
 
 TIME_TOLERANCE = 1e-3  # seconds; matroska rounds to milliseconds, and containers must agree on a frame
 MAX_FPS = 10**6  # keeps counts of frames finite
+FULL_LAYOUT = FrameLayout()
 NUM_BORDER_TOKENS = 2  # the start and the end of a video; they count as text in the paper's token tables
 
 
@@ -51,20 +53,26 @@ def fit_grid(height: int, width: int, *, patch_size: int, longest_edge: int) -> 
     return Grid(rows, cols)
 
 
-def count_frame_tokens(grid: tuple[int, int]) -> int:
+def count_frame_tokens(grid: tuple[int, int], layout: FrameLayout = FULL_LAYOUT) -> int:
     """Tokens of a frame: `<FRAME>`, then rows of patches, each closed by `<LINE>` (section 3.1).
 
     Example:
         >>> [count_frame_tokens((side // 28, side // 28)) for side in (672, 448, 336, 224, 168)]
         [601, 273, 157, 73, 43]
     """
-    rows, cols = grid
-    return 1 + rows * (cols + 1)
+    return layout.count(grid)
 
 
-def count_video_tokens(grids: Iterable[tuple[int, int]], *, borders: bool = True) -> int:
+def count_video_tokens(
+    grids: Iterable[tuple[int, int]], *, borders: bool = True, layout: FrameLayout = FULL_LAYOUT
+) -> int:
     """Tokens of a video with frames of these grids; the paper's tables leave the two borders out."""
-    return sum(count_frame_tokens(grid) for grid in grids) + (NUM_BORDER_TOKENS if borders else 0)
+    return sum(tokens_per_frame(grids, layout)) + (NUM_BORDER_TOKENS if borders else 0)
+
+
+def tokens_per_frame(grids: Iterable[tuple[int, int]], layout: FrameLayout = FULL_LAYOUT) -> tuple[int, ...]:
+    """Tokens of each frame, or of each chunk of frames where the layout has such."""
+    return tuple(layout.count(grid) for grid in tuple(grids)[:: layout.chunk_size])
 
 
 def check_edge(longest_edge: int, patch_size: int, *, name: str = "longest_edge") -> None:

@@ -6,13 +6,16 @@ callers, so nothing else is trusted. Letters: `B` samples, `N` tokens, `P` patch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from .errors_elva import PlaceholderError
+from .layout_elva import FrameLayout
 from .merging_elva import Tubes, cut_tubes
+
+FULL_LAYOUT = FrameLayout()
 
 TEXT, VIDEO_START, VIDEO_END, PATCH, FRAME, LINE = range(6)
 
@@ -26,13 +29,14 @@ class VisualGeometry:
 
     Args:
         patch_index: `(P,)` flat index of each patch token.
-        frame_index: `(F,)` flat index of each `<FRAME>` token.
-        line_index: `(L,)` flat index of each `<LINE>` token.
+        frame_index: `(F,)` flat index of each `<FRAME>` token; empty where the layout has none.
+        line_index: `(L,)` flat index of each `<LINE>` token; likewise.
         patch_frame: `(P,)` frame of each patch, `0..F-1` over the batch.
         patch_line: `(P,)` row of each patch, `0..L-1` over the batch.
         patch_row: `(P,)` row of each patch in its frame.
         patch_column: `(P,)` column of each patch in its row.
         patch_video: `(P,)` video of each patch, counted over the batch.
+        line_frame: `(L,)` frame of each row.
         frame_rows: `(F,)` rows of each frame.
         frame_columns: `(F,)` patches in a row of each frame.
         tube_ids: `(B, N)` equal for patches at the same place of the same grid of the same video;
@@ -49,6 +53,7 @@ class VisualGeometry:
     patch_row: Tensor
     patch_column: Tensor
     patch_video: Tensor
+    line_frame: Tensor
     frame_rows: Tensor
     frame_columns: Tensor
     tube_ids: Tensor
@@ -63,27 +68,26 @@ class VisualGeometry:
     @property
     def num_frames(self) -> int:
         """Frames of the batch, `F`."""
-        return self.frame_index.shape[0]
+        return self.frame_rows.shape[0]
 
     @property
     def num_lines(self) -> int:
         """Rows of patches of the batch, `L`."""
-        return self.line_index.shape[0]
+        return self.line_frame.shape[0]
 
     @property
     def frame_numbers(self) -> Tensor:
         """`(B, N)` frame of each visual token, counted in its sample from 0; -1 for every other token."""
         length = self.tube_ids.shape[1]
         flat = torch.full((self.tube_ids.numel(),), -1, dtype=torch.long, device=self.tube_ids.device)
-        frame_sample = self.frame_index // length
+        frame_sample = torch.zeros_like(self.frame_rows).scatter(0, self.patch_frame, self.patch_index // length)
         earlier = torch.searchsorted(frame_sample, frame_sample)  # frames of the batch before the sample's first
         number = torch.arange(self.num_frames, device=flat.device) - earlier
-        line_frame = torch.arange(self.num_frames, device=flat.device).repeat_interleave(
-            self.frame_rows, output_size=self.num_lines
-        )
         flat[self.patch_index] = number[self.patch_frame]
-        flat[self.frame_index] = number
-        flat[self.line_index] = number[line_frame]
+        if len(self.frame_index):
+            flat[self.frame_index] = number
+        if len(self.line_index):
+            flat[self.line_index] = number[self.line_frame]
         return flat.view_as(self.tube_ids)
 
     def tubes(self, window: int | None = None, max_run: int | None = None) -> Tubes:
@@ -176,7 +180,17 @@ def token_kinds_from_embeddings(inputs_embeds: Tensor, kind_rows: dict[int, Tens
     return kinds
 
 
-def read_geometry(kinds: Tensor, attention_mask: Tensor | None = None) -> VisualGeometry | None:
+def find_patches(kinds: Tensor, layout: FrameLayout) -> Tensor:
+    """`(B, N)` bool: tokens that stand for a patch, also under the id of `<FRAME>` or `<LINE>`."""
+    patches = kinds == PATCH
+    if not layout.frame_token:
+        patches = patches | (kinds == FRAME)
+    return patches if layout.line_token else patches | (kinds == LINE)
+
+
+def read_geometry(
+    kinds: Tensor, attention_mask: Tensor | None = None, layout: FrameLayout = FULL_LAYOUT
+) -> VisualGeometry | None:
     """Derive the geometry of a batch from the kinds of its tokens, on the host after one copy from the device.
 
     A frame is `<FRAME>` and then rows of equally many patches, each closed by `<LINE>`. Frames stand
@@ -185,6 +199,7 @@ def read_geometry(kinds: Tensor, attention_mask: Tensor | None = None) -> Visual
     Args:
         kinds: `(B, N)` from `token_kinds`.
         attention_mask: `(B, N)`, 0 for padding; None if there is none.
+        layout: Which of these tokens there are; one that leaves some out is read as if they stood there.
 
     Returns:
         The geometry on the device of `kinds`, or None if the batch holds no visual token.
@@ -196,6 +211,8 @@ def read_geometry(kinds: Tensor, attention_mask: Tensor | None = None) -> Visual
     padding = torch.zeros_like(kinds) if attention_mask is None else (attention_mask == 0).to(kinds)
     both = to_host((kinds + _PADDED * padding).to(torch.int8))
     kinds, valid = both.long() % _PADDED, both < _PADDED
+    filled = None if layout.is_full else FilledTokens.fill(kinds, layout)
+    kinds = kinds if filled is None else filled.kinds
     patch, frame, line = kinds == PATCH, kinds == FRAME, kinds == LINE
     starts = (kinds == VIDEO_START).cumsum(1)
     inside = starts - (kinds == VIDEO_END).cumsum(1) == 1
@@ -205,8 +222,63 @@ def read_geometry(kinds: Tensor, attention_mask: Tensor | None = None) -> Visual
     if not any(counts):
         return None
     if counts[-1]:
-        _raise_malformed(malformed.view_as(kinds))
-    return _build_geometry(patch.flatten(), frame.flatten(), line.flatten(), video, counts[:3], valid).to(device)
+        _raise_malformed(*divmod(int(_first(malformed, filled)), valid.shape[1]), layout)
+    shape = valid if filled is None else kinds > 0
+    geometry = _build_geometry(patch.flatten(), frame.flatten(), line.flatten(), video, counts[:3], shape)
+    return (geometry if filled is None else filled.undo(geometry, valid)).to(device)
+
+
+@dataclass(frozen=True)
+class FilledTokens:
+    """The tokens of a compact layout with those put in that it leaves out, each row as its own sample again.
+
+    Args:
+        kinds: `(B, M)` as a full layout would have them.
+        source: `(B * M,)` flat index of the token itself, or of the patch beside which it was put in.
+        places: `(B * N,)` where each token is now.
+        layout: What was left out.
+    """
+
+    kinds: Tensor
+    source: Tensor
+    places: Tensor
+    layout: FrameLayout
+
+    @classmethod
+    def fill(cls, kinds: Tensor, layout: FrameLayout) -> FilledTokens:
+        """Put in `<FRAME>` before the first patch of a frame, and `<LINE>` after the last patch of a row."""
+        batch, length = kinds.shape
+        patches = find_patches(kinds, layout)
+        goes_on = torch.nn.functional.pad(kinds[:, 1:] == PATCH, (0, 1))
+        before = torch.zeros_like(kinds) if layout.frame_token else (kinds == FRAME).long()
+        after = torch.zeros_like(kinds) if layout.line_token else (patches & ~goes_on).long()
+        ends = (1 + before + after).cumsum(1)
+        width = int(ends.max()) if length else 0
+        row = torch.arange(batch)[:, None] * width
+        places = (row + ends - 1 - after).flatten()
+        here = torch.arange(batch * length)
+        filled = torch.full((batch * width,), TEXT).index_copy(0, places, kinds.masked_fill(patches, PATCH).flatten())
+        source = torch.zeros(batch * width, dtype=torch.long).index_copy(0, places, here)
+        for kind, put_in, step in ((FRAME, before.flatten() > 0, -1), (LINE, after.flatten() > 0, 1)):
+            filled[places[put_in] + step] = kind
+            source[places[put_in] + step] = here[put_in]
+        return cls(filled.view(batch, width), source, places, layout)
+
+    def undo(self, geometry: VisualGeometry, valid: Tensor) -> VisualGeometry:
+        """The geometry of the tokens as they were.
+
+        Args:
+            geometry: Of `kinds`.
+            valid: `(B, N)` of the tokens as they were.
+        """
+        return replace(
+            geometry,
+            patch_index=self.source[geometry.patch_index],
+            frame_index=self.source[geometry.frame_index] if self.layout.frame_token else self.source[:0],
+            line_index=self.source[geometry.line_index] if self.layout.line_token else self.source[:0],
+            tube_ids=geometry.tube_ids.flatten()[self.places].view_as(valid),
+            valid=valid,
+        )
 
 
 def find_malformed(patch: Tensor, frame: Tensor, line: Tensor, inside: Tensor, video: Tensor) -> Tensor:
@@ -273,6 +345,7 @@ def _build_geometry(
         patch_row=patch_row,
         patch_column=patch_column,
         patch_video=patch_video,
+        line_frame=line_frame,
         frame_rows=frame_rows,
         frame_columns=frame_columns,
         tube_ids=own_tube.index_copy(0, patch_index, place).view_as(valid),
@@ -287,10 +360,18 @@ def _video_numbers(starts: Tensor) -> Tensor:
     return (starts - 1 + earlier[:, None]).flatten()
 
 
-def _raise_malformed(malformed: Tensor) -> None:
-    sample, position = malformed.nonzero()[0].tolist()
+def _first(malformed: Tensor, filled: FilledTokens | None) -> Tensor:
+    """Flat index of the first token that breaks the form of a frame, among the tokens as they were given."""
+    first = malformed.nonzero()[0, 0]
+    return first if filled is None else filled.source[first]
+
+
+def _raise_malformed(sample: int, position: int, layout: FrameLayout) -> None:
+    form = "<FRAME>, then rows of equally many patches, each closed by <LINE>,"
+    if not layout.is_full:
+        form = f"rows of equally many patches, as {layout} writes them,"
     raise PlaceholderError(
-        f"sample {sample}, token {position}: a visual token stands outside a complete frame. A frame is <FRAME>, then "
-        "rows of equally many patches, each closed by <LINE>, between a video start and a video end. Build inputs with "
-        "ElvaProcessor, and do not truncate or split them inside a video."
+        f"sample {sample}, token {position}: a visual token stands outside a complete frame. A frame is {form} "
+        "between a video start and a video end. Build inputs with the model's processor, and do not truncate or split "
+        "them inside a video."
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .configuration_elva import ElvaConfig
+from .configuration_elva import VideoDecoderConfig
 
 MAX_LOGIT_SCALE = 100.0
 """Ceiling of Eq. 3's tau, as in CLIP."""
@@ -17,22 +17,23 @@ class ElvaGuidance(nn.Module):
     """Last hidden states to the teacher's width: a two-layer head per loss, and tau of Eq. 3.
 
     A head whose weight in `config.guidance` is 0 does not exist; without `frame_head` there is no `logit_scale`.
+    Video-Panda's distillation (`patch_weight`) compares the same features of patches as L_MSE, frame by frame.
 
     Args:
         config: A configuration whose `guidance` is set.
 
     Attributes:
-        tube_head: Head of L_MSE (Eq. 2), or None.
+        tube_head: Head of L_MSE (Eq. 2) and of Video-Panda's distillation, or None.
         frame_head: Head of L_Con (Eq. 3), or None.
         logit_scale: `(1,)` logarithm of tau, or None.
     """
 
-    def __init__(self, config: ElvaConfig):
+    def __init__(self, config: VideoDecoderConfig):
         super().__init__()
         guidance, hidden = config.guidance, config.text_config.hidden_size
         self.logit_scale_init = guidance["logit_scale_init"]
         width = guidance["teacher_width"]
-        self.tube_head = task_head(hidden, width) if guidance["tube_weight"] else None
+        self.tube_head = task_head(hidden, width) if guidance["tube_weight"] or guidance["patch_weight"] else None
         self.frame_head = task_head(hidden, width) if guidance["frame_weight"] else None
         self.register_parameter("logit_scale", None)
         if self.frame_head is not None:

@@ -15,9 +15,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .configuration_elva import ElvaConfig
+from .configuration_elva import ElvaConfig, VideoDecoderConfig
 from .errors_elva import ConfigurationError
-from .frames_elva import NUM_BORDER_TOKENS, Grid, count_frame_tokens, spread_high_frames
+from .frames_elva import FULL_LAYOUT, NUM_BORDER_TOKENS, Grid, spread_high_frames, tokens_per_frame
+from .layout_elva import FrameLayout
 from .merging_elva import count_removals
 from .schedule_elva import MergeSchedule
 
@@ -160,6 +161,7 @@ class TokenPlan:
         schedule: What merges where; None likewise.
         layers: Tokens that enter each decoder layer, after the merge at its input; None likewise.
         patch_embed_flops: FLOPs from pixels to embeddings; 0 without a configuration.
+        layout: How a frame is written in tokens.
     """
 
     grids: tuple[tuple[Grid, ...], ...]
@@ -168,11 +170,12 @@ class TokenPlan:
     schedule: MergeSchedule | None = None
     layers: tuple[Bounds[int], ...] | None = None
     patch_embed_flops: int = 0
+    layout: FrameLayout = FULL_LAYOUT
 
     @property
     def tokens_per_frame(self) -> tuple[tuple[int, ...], ...]:
         """Tokens of each frame of each video, with `<FRAME>` and `<LINE>`."""
-        return tuple(tuple(count_frame_tokens(grid) for grid in video) for video in self.grids)
+        return tuple(tokens_per_frame(video, self.layout) for video in self.grids)
 
     @property
     def num_frames(self) -> int:
@@ -182,7 +185,7 @@ class TokenPlan:
     @property
     def num_patches(self) -> int:
         """Patches of all frames: the tokens that may merge."""
-        return sum(rows * cols for video in self.grids for rows, cols in video)
+        return sum(rows * cols for video in self.grids for rows, cols in video[:: self.layout.chunk_size])
 
     @property
     def num_visual_tokens(self) -> int:
@@ -268,9 +271,10 @@ class TokenPlan:
 
 def plan_tokens(
     videos: Sequence[Sequence[tuple[int, int]]],
-    config: ElvaConfig | None = None,
+    config: VideoDecoderConfig | None = None,
     merge_schedule: Any = None,
     text_tokens: int = 0,
+    layout: FrameLayout | None = None,
 ) -> TokenPlan:
     """Plan a prompt from the patch grids of its frames.
 
@@ -279,6 +283,7 @@ def plan_tokens(
         config: The model; without it only tokens are counted.
         merge_schedule: Instead of the configuration's own: a preset, steps, or a `MergeSchedule`.
         text_tokens: Tokens of text, without the two borders of each video.
+        layout: How a frame is written in tokens; the model's if None, and ELVA's without a model.
 
     Raises:
         ConfigurationError: A schedule that the model cannot have, or a schedule without a model.
@@ -291,14 +296,16 @@ def plan_tokens(
     if isinstance(text_tokens, bool) or not isinstance(text_tokens, int) or text_tokens < 0:
         raise ConfigurationError(f"text_tokens={text_tokens!r}: expected the number of text tokens, 0 or more.")
     grids = tuple(tuple(Grid(*grid) for grid in video) for video in videos)
-    plan = TokenPlan(grids, text_tokens)
+    layout = layout or (FULL_LAYOUT if config is None else config.frame_layout)
+    plan = TokenPlan(grids, text_tokens, layout=layout)
     if config is None:
         if merge_schedule is not None:
             raise ConfigurationError("a merge_schedule needs a model to merge in; pass config=model.config.")
         return plan
     schedule = config.resolve_merge_schedule(merge_schedule)
     shape = DecoderShape.from_config(config.text_config, config.dtype)
-    groups = [group for video in grids for group in count_groups(video, schedule.window, schedule.max_run)]
+    written = [video[:: layout.chunk_size] for video in grids]
+    groups = [group for video in written for group in count_groups(video, schedule.window, schedule.max_run)]
     others = plan.num_tokens - plan.num_patches
     fewest, most = (
         [others + patches for patches in _walk_layers(groups, schedule, shape.num_layers, thresholds_merge)]
@@ -306,7 +313,7 @@ def plan_tokens(
     )
     layers = tuple(Bounds(*both) for both in zip(fewest, most, strict=True))
     return replace(
-        plan, shape=shape, schedule=schedule, layers=layers, patch_embed_flops=count_patch_embed_flops(grids, config)
+        plan, shape=shape, schedule=schedule, layers=layers, patch_embed_flops=config.patch_embed_flops(grids)
     )
 
 
@@ -368,23 +375,6 @@ def count_groups(
         runs = {grid: -(-count // (max_run or count)) for grid, count in frames.items()}
         groups.append((patches, sum(rows * cols * runs[rows, cols] for rows, cols in frames)))
     return groups
-
-
-def count_patch_embed_flops(videos: Sequence[Sequence[tuple[int, int]]], config: ElvaConfig) -> int:
-    """FLOPs of the patch embedding (section 3.1): its linear maps, and the scores of `<FRAME>` and `<LINE>`."""
-    frames = [grid for video in videos for grid in video]
-    if not frames:
-        return 0
-    patches = sum(rows * cols for rows, cols in frames)
-    specials = len(frames) + sum(rows for rows, _ in frames)
-    width, pixels = config.patch_embed_dim, 3 * config.patch_size**2
-    into, out = pixels * width, width * config.text_config.hidden_size
-    queries = 2  # <FRAME> and <LINE>
-    if config.patch_embed_type == "naive":
-        return 2 * (patches * into + (patches + queries) * out)
-    projections = (queries + 2 * patches + specials * config.patch_embed_output_projection) * width**2
-    scores = queries * patches * width
-    return 2 * (patches * into + projections + scores + (patches + specials) * out)
 
 
 def _walk_layers(

@@ -107,6 +107,20 @@ class MergeMap:
         ]
 
 
+@dataclass(frozen=True)
+class InputMerge:
+    """Tokens that merged before the decoder: their embeddings are those of their survivors already.
+
+    Args:
+        survivors: `(B, N)` int64 flat place, in `B * N`, of the token that stands for each; its own if it stands for
+            itself, and for padding.
+        tail: Trailing columns of the batch in which nothing has merged.
+    """
+
+    survivors: Tensor
+    tail: int
+
+
 def cut_tubes(tube_ids: Tensor, patch_frame: Tensor, window: int | None = None, max_run: int | None = None) -> Tensor:
     """Cut tubes into segments, so that no run can grow beyond them whatever merges later.
 

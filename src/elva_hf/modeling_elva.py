@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.utils import can_return_tuple
 
 from .attention_elva import wrap_decoder
 from .cache_elva import adopt_cache, has_merged
-from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig
+from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig, VideoDecoderConfig
 from .decoder_elva import can_pack, run_packed, run_padded, sliding_window
 from .embedding_elva import ElvaPatchEmbedding
 from .errors_elva import CheckpointError, ConfigurationError, PlaceholderError
@@ -29,13 +29,14 @@ from .geometry_elva import (
     VIDEO_END,
     VIDEO_START,
     VisualGeometry,
+    find_patches,
     read_geometry,
     to_host,
     token_kinds,
     token_kinds_from_embeddings,
 )
 from .guidance_elva import ElvaGuidance
-from .merging_elva import MergeMap
+from .merging_elva import InputMerge, MergeMap
 from .packing_elva import count_questions
 from .schedule_elva import MergeSchedule
 
@@ -80,9 +81,13 @@ class ElvaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class ElvaPreTrainedModel(PreTrainedModel):
-    """What transformers must know of every ELVA class."""
+    """What transformers must know of every class here.
 
-    config: ElvaConfig
+    A module that starts otherwise than transformers would have it has `reset_own_parameters(config)`. It must hold
+    parameters itself: in packages like this one transformers passes over modules that do not.
+    """
+
+    config: VideoDecoderConfig
     config_class = ElvaConfig  # transformers cannot resolve the annotation, here a string
     base_model_prefix = "model"
     input_modalities = ("video", "text")
@@ -99,10 +104,8 @@ class ElvaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ElvaPatchEmbedding):
-            init.normal_(module.special_tokens, std=self.config.initializer_range)
-            if module.positions is not None:
-                init.normal_(module.positions, std=self.config.patch_embed_positions_std)
+        if hasattr(module, "reset_own_parameters"):
+            module.reset_own_parameters(self.config)
         if isinstance(module, ElvaGuidance) and module.logit_scale is not None:
             init.constant_(module.logit_scale, module.logit_scale_init)
 
@@ -128,14 +131,21 @@ class ElvaPreTrainedModel(PreTrainedModel):
 
 
 class ElvaModel(ElvaPreTrainedModel):
-    """The decoder without its language-model head: tokens and pixels to hidden states."""
+    """The decoder without its language-model head: tokens and pixels to hidden states.
+
+    A sibling replaces `patch_embed_class`: a module made of `(config, hidden_size)` whose `encode_pixels(pixels)` gives
+    features, one row for each patch token, and whose `forward(features, geometry)` gives the embeddings of patches
+    `(P, D)`, frames `(F, D)` and rows `(L, D)`; of tokens that its layout does not have, `(0, D)`.
+    """
+
+    patch_embed_class: type[nn.Module] = ElvaPatchEmbedding
 
     def __init__(self, config: ElvaConfig):
         super().__init__(config)
         config.resolve_merge_schedule()  # one given to from_pretrained has not been checked yet
         self.language_model = AutoModel.from_config(config.text_config)
         wrap_decoder(self.language_model)
-        self.patch_embed = ElvaPatchEmbedding(config, config.text_config.hidden_size)
+        self.patch_embed = self.patch_embed_class(config, config.text_config.hidden_size)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -214,8 +224,9 @@ class ElvaModel(ElvaPreTrainedModel):
         geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
+        merged = None
         if geometry is not None:
-            inputs_embeds = self._place_visual_embeddings(inputs_embeds, features, geometry)
+            inputs_embeds, merged = self._place_visual_embeddings(inputs_embeds, features, geometry)
         elif self.training and torch.is_grad_enabled():
             inputs_embeds = inputs_embeds + self._unused_patch_embedding(inputs_embeds)
         inputs = {
@@ -225,7 +236,9 @@ class ElvaModel(ElvaPreTrainedModel):
             "past_key_values": past_key_values,
         }
         can_merge = geometry is not None and geometry.num_patches > 0
-        packs = can_merge and (schedule or has_merged(past_key_values) or self._packs_unmerged(inputs, kwargs))
+        packs = can_merge and (
+            schedule or merged is not None or has_merged(past_key_values) or self._packs_unmerged(inputs, kwargs)
+        )
         if not packs and not has_merged(past_key_values) and segment_ids is None:
             outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
             return ElvaModelOutputWithPast(**outputs)
@@ -239,6 +252,7 @@ class ElvaModel(ElvaPreTrainedModel):
                 use_cache=use_cache,
                 frame_index=geometry.frame_numbers if output_merge_map and can_merge else None,
                 **self._read_rows(inputs, geometry, schedule, segment_ids),
+                merged=merged,
                 output_hidden_states=states,
                 output_merge_map=output_merge_map,
                 **kwargs,
@@ -302,8 +316,7 @@ class ElvaModel(ElvaPreTrainedModel):
         return states
 
     def _check_pixels(self, pixels: Tensor) -> None:
-        size = self.config.patch_size
-        width = 3 * size**2
+        size, width = self.config.patch_size, self.config.pixels_per_token
         if pixels.ndim != 2 or pixels.shape[1] != width or not pixels.is_floating_point():
             raise PlaceholderError(
                 f"pixel_values_videos has shape {tuple(pixels.shape)} and dtype {pixels.dtype}; expected floating "
@@ -335,7 +348,7 @@ class ElvaModel(ElvaPreTrainedModel):
             return None
         has_rows = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
         mask = attention_mask[:, -tokens.shape[1] :] if has_rows else None
-        geometry = read_geometry(self.token_kinds(input_ids, inputs_embeds), mask)
+        geometry = self.read_geometry(input_ids, inputs_embeds, mask)
         num_patches = 0 if geometry is None else geometry.num_patches
         num_features = 0 if features is None else features.shape[0]
         if num_patches != num_features:
@@ -345,6 +358,21 @@ class ElvaModel(ElvaPreTrainedModel):
                 "videos only."
             )
         return geometry
+
+    def read_geometry(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> VisualGeometry | None:
+        """Where every visual token of a batch stands; see `geometry_elva.read_geometry`.
+
+        Args:
+            input_ids: As in `token_kinds`.
+            inputs_embeds: Likewise.
+            attention_mask: `(B, N)`, 0 for padding.
+
+        Raises:
+            PlaceholderError: A frame is malformed.
+        """
+        return read_geometry(self.token_kinds(input_ids, inputs_embeds), attention_mask, self.config.frame_layout)
 
     def token_kinds(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Tensor:
         """Kinds of the tokens of a batch, for `read_geometry`, from ids or else from embeddings.
@@ -374,26 +402,33 @@ class ElvaModel(ElvaPreTrainedModel):
         """Zero, through every parameter of the patch embedding: DDP waits for the gradient of each, video or not."""
         one_patch = torch.tensor([[VIDEO_START, FRAME, PATCH, LINE, VIDEO_END]])
         geometry = read_geometry(one_patch).to(inputs_embeds.device)
-        pixels = inputs_embeds.new_zeros(1, 3 * self.config.patch_size**2)
+        pixels = inputs_embeds.new_zeros(1, self.config.pixels_per_token)
         embeddings = torch.cat(self.patch_embed(self.patch_embed.encode_pixels(pixels), geometry))
         return (embeddings.sum() * 0.0).to(inputs_embeds.dtype)
 
-    def _place_visual_embeddings(self, inputs_embeds: Tensor, features: Tensor, geometry: VisualGeometry) -> Tensor:
+    def _place_visual_embeddings(
+        self, inputs_embeds: Tensor, features: Tensor, geometry: VisualGeometry
+    ) -> tuple[Tensor, InputMerge | None]:
+        """Put the embeddings of visual tokens in their places; with them what merged on the way, which ELVA has not."""
         features = features.to(inputs_embeds.device)
         embeddings = torch.cat(self.patch_embed(features, geometry)).to(inputs_embeds.dtype)
         where = torch.cat([geometry.patch_index, geometry.frame_index, geometry.line_index])
-        return inputs_embeds.flatten(0, 1).index_copy(0, where, embeddings).view_as(inputs_embeds)
+        return inputs_embeds.flatten(0, 1).index_copy(0, where, embeddings).view_as(inputs_embeds), None
 
 
 class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
-    """ELVA with a language-model head: answers in text about text and video."""
+    """ELVA with a language-model head: answers in text about text and video.
 
+    A sibling replaces `base_model_class`.
+    """
+
+    base_model_class: type[ElvaModel] = ElvaModel
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: ElvaConfig):
         super().__init__(config)
-        self.model = ElvaModel(config)
+        self.model = self.base_model_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.guidance = None if config.guidance is None else ElvaGuidance(config)
         self.post_init()
@@ -612,8 +647,8 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         kinds = self.model.token_kinds(ids, None if ids is not None else model_kwargs.get("inputs_embeds"))
         cache = model_kwargs.get("past_key_values")
         seen = cache.get_seq_length() if cache is not None else 0
-        total = (kinds == PATCH).sum(1).tolist()
-        new = (kinds[:, seen:] == PATCH).sum(1).tolist()
+        patches = find_patches(kinds, self.config.frame_layout)
+        total, new = patches.sum(1).tolist(), patches[:, seen:].sum(1).tolist()
         if features.shape[0] == sum(new):
             return list(features.split(new))
         if features.shape[0] == sum(total):
@@ -626,7 +661,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
     @classmethod
     def from_text_model(
         cls, path_or_model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **config: Any
-    ) -> ElvaForCausalLM:
+    ) -> Self:
         """Put a fresh visual front end on an existing text model.
 
         The decoder keeps its weights; the patch embedding and the rows of new tokens are random, so the
@@ -635,7 +670,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         Args:
             path_or_model: A causal language model, or what `AutoModelForCausalLM.from_pretrained` takes.
             tokenizer: Its tokenizer; missing special tokens are added to it. Needed unless `config` names every id.
-            **config: Fields of `ElvaConfig`.
+            **config: Fields of the model's configuration.
 
         Raises:
             CheckpointError: The model has no decoder embeddings of the usual form.
@@ -650,7 +685,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             raise ConfigurationError(f"give the model's tokenizer, or set {', '.join(missing)}.")
         if getattr(text, "base_model", text) is text or text.get_output_embeddings() is None:
             raise CheckpointError(f"{type(text).__name__} is no causal language model with a head; cannot build on it.")
-        config = ElvaConfig(text_config=copy.deepcopy(text.config), **{**ids, **config})
+        config = cls.config_class(text_config=copy.deepcopy(text.config), **{**ids, **config})
         model = cls(config).to(text.dtype)
         model.model.language_model.load_state_dict(text.base_model.state_dict())
         model.lm_head.load_state_dict(text.get_output_embeddings().state_dict())

@@ -9,7 +9,8 @@ from typing import Any, TypedDict
 
 from .decoding_elva import DecodingOptions
 from .errors_elva import ConfigurationError, VideoError
-from .frames_elva import FramePlan, FrameSampling, Grid, check_edge, fit_grid
+from .frames_elva import FULL_LAYOUT, FramePlan, FrameSampling, Grid, check_edge, fit_grid
+from .layout_elva import FrameLayout
 from .limits_elva import DecodingLimits, UrlPolicy, parse_bytes
 from .source_elva import VideoInfo, VideoSource
 
@@ -114,6 +115,7 @@ class FrameOptions:
     timestamps: bool
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    layout: FrameLayout = FULL_LAYOUT
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "longest_edge", "low_res_longest_edge"):

@@ -11,6 +11,8 @@ from typing import Any
 from transformers.utils.chat_template_utils import mark_control_tokens
 
 from .errors_elva import ElvaError, PlaceholderError, VideoError
+from .frames_elva import FULL_LAYOUT
+from .layout_elva import FrameLayout
 from .sampled_elva import SampledVideo
 from .video_processing_elva import is_frame_list
 
@@ -26,7 +28,11 @@ class PerSample(list):
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The special tokens as they stand in a text; fields as in `ElvaProcessor`, without `_token`."""
+    """The special tokens as they stand in a text; fields as in `ElvaProcessor`, without `_token`.
+
+    Args:
+        layout: How a frame is written with them.
+    """
 
     video: str
     image: str
@@ -34,6 +40,12 @@ class VisualTokens:
     line: str
     video_start: str
     video_end: str
+    layout: FrameLayout = FULL_LAYOUT
+
+    @property
+    def written(self) -> list[str]:
+        """All of them."""
+        return [self.video, self.image, self.frame, self.line, self.video_start, self.video_end]
 
     def find(self, text: str) -> list[Slot]:
         """Kind and span of each placeholder."""
@@ -42,10 +54,8 @@ class VisualTokens:
 
     def expand(self, grids: Sequence[tuple[int, int]], marks: Sequence[str] | None = None) -> str:
         """The text that stands for a video with frames of these `(rows, cols)`, each after its time mark."""
-        frames = (
-            mark + self.frame + (self.video * cols + self.line) * rows
-            for mark, (rows, cols) in zip(marks or [""] * len(grids), grids, strict=True)
-        )
+        written = list(zip(marks or [""] * len(grids), grids, strict=True))[:: self.layout.chunk_size]
+        frames = (mark + self.layout.write(grid, self.frame, self.line, self.video) for mark, grid in written)
         return self.video_start + "".join(frames) + self.video_end
 
     def count(self, videos: Sequence[SampledVideo]) -> Counter[str]:
@@ -54,9 +64,12 @@ class VisualTokens:
         for video in videos:
             counts[self.video_start] += 1
             counts[self.video_end] += 1
-            counts[self.frame] += video.num_frames
-            counts[self.line] += sum(rows for rows, _ in video.grids)
-            counts[self.video] += video.num_patches
+            frames = video.grids[:: self.layout.chunk_size]
+            marked = 0 if self.layout.frame_token else len(frames)  # patches that stand under the id of a frame
+            lines = sum(rows for rows, _ in frames) - (0 if self.layout.line_token else marked)
+            counts[self.frame] += len(frames)
+            counts[self.line] += lines
+            counts[self.video] += video.num_patches - marked - (0 if self.layout.line_token else lines)
         return counts
 
 
@@ -119,7 +132,7 @@ def time_marks(video: SampledVideo) -> list[str]:
         VideoError: A video without times.
     """
     if video.info.is_image:
-        return [""] * video.num_frames
+        return [""] * len(video.grids)
     if video.times is None:
         raise VideoError(
             f"timestamps=True needs a video with known times, and {video.info.source} has none;",

@@ -82,6 +82,8 @@ class ElvaProcessor(ProcessorMixin):
         video_end_token: Closes it.
     """
 
+    default_video_processor = ElvaVideoProcessor
+
     def __init__(
         self,
         tokenizer: Any = None,
@@ -126,7 +128,7 @@ class ElvaProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         tokenizer.padding_side = "left"
-        return cls(tokenizer, ElvaVideoProcessor(**options), chat_template=chat_template, **tokens)
+        return cls(tokenizer, cls.default_video_processor(**options), chat_template=chat_template, **tokens)
 
     def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Tokenise text and put videos and images in the place of their placeholders.
@@ -243,7 +245,8 @@ class ElvaProcessor(ProcessorMixin):
         """
         counted = self._count_tokens(videos, images, text_tokens, options)
         grids = [video.grids for video in counted.videos]
-        return plan_tokens(grids, config, merge_schedule, text_tokens + counted.num_mark_tokens)
+        text_tokens += counted.num_mark_tokens
+        return plan_tokens(grids, config, merge_schedule, text_tokens, self.video_processor.layout)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -261,7 +264,8 @@ class ElvaProcessor(ProcessorMixin):
     @property
     def visual_tokens(self) -> VisualTokens:
         """The special tokens as they stand in a text."""
-        return VisualTokens(**{name.removesuffix("_token"): getattr(self, name) for name in SPECIAL_TOKENS})
+        tokens = {name.removesuffix("_token"): getattr(self, name) for name in SPECIAL_TOKENS}
+        return VisualTokens(**tokens, layout=self.video_processor.layout)
 
     def expand_video(self, grids: Sequence[tuple[int, int]], marks: Sequence[str] | None = None) -> str:
         """The text that stands for a video with frames of these `(rows, cols)`, each after its time mark if any."""
@@ -278,7 +282,7 @@ class ElvaProcessor(ProcessorMixin):
         grids = [chosen.grid(height, width, True) for height, width in image_sizes or ()]
         counts: dict[str, list[int]] = {}
         if image_sizes is not None:
-            counts["num_image_tokens"] = [count_video_tokens([grid]) for grid in grids]
+            counts["num_image_tokens"] = [count_video_tokens([grid], layout=chosen.layout) for grid in grids]
             counts["num_image_patches"] = [rows * cols for rows, cols in grids]
         if video_sizes is not None:
             if chosen.timestamps:
@@ -287,7 +291,8 @@ class ElvaProcessor(ProcessorMixin):
                 )
             plans = [(chosen.sampling.plan(range(num_frames), None), size) for num_frames, *size in video_sizes]
             counts["num_video_tokens"] = [
-                count_video_tokens(chosen.grid(*size, high) for high in plan.high) for plan, size in plans
+                count_video_tokens((chosen.grid(*size, high) for high in plan.high), layout=chosen.layout)
+                for plan, size in plans
             ]
         return MultiModalData(**counts)
 
@@ -300,7 +305,7 @@ class ElvaProcessor(ProcessorMixin):
         if tokenizer is not None and missing:
             raise ConfigurationError(
                 f"the tokenizer has no special token {', '.join(missing)}; make the processor with "
-                "ElvaProcessor.from_tokenizer(tokenizer), which adds them."
+                "its from_tokenizer(tokenizer), which adds them."
             )
         for name, token in strings.items():
             setattr(self, f"{name}_id", known.get(token))

@@ -42,7 +42,7 @@ class PromptTokenizer:
         self._offsets_wanted = options.get("return_text_replacement_offsets", False)
         self._options = {name: value for name, value in options.items() if name != "return_text_replacement_offsets"}
         self._uncut = {name: value for name, value in self._options.items() if name not in _CUTTING}
-        self._names = {tokenizer.convert_tokens_to_ids(token): token for token in vars(tokens).values()}
+        self._names = {tokenizer.convert_tokens_to_ids(token): token for token in tokens.written}
 
     def plan(self, prompts: Sequence[Prompt], videos: Sequence[OpenVideo], budgets: Budgets) -> list[SampledVideo]:
         """What is taken of each video, so that each sample keeps within its budgets and nothing visual is cut.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .budget_elva import FrameCost, VideoDemand
 from .decoding_elva import read_frames
-from .frames_elva import FramePlan, Grid, count_frame_tokens, count_video_tokens
+from .frames_elva import FULL_LAYOUT, FramePlan, Grid, count_video_tokens, tokens_per_frame
+from .layout_elva import FrameLayout
 from .options_elva import SAMPLING_FIELDS, FrameOptions
 from .source_elva import Damage, Reader, VideoInfo
 
@@ -28,6 +29,7 @@ class SampledVideo:
         num_asked: Frames asked for; more than `len(indices)` where the source has fewer, or a budget allows fewer.
         missing: Numbers of the frames that could not be decoded.
         damage: What else was wrong with the source.
+        layout: How a frame is written in tokens.
     """
 
     info: VideoInfo
@@ -38,6 +40,7 @@ class SampledVideo:
     num_asked: int
     missing: tuple[int, ...] = ()
     damage: Damage = field(default_factory=Damage)
+    layout: FrameLayout = FULL_LAYOUT
 
     @property
     def num_frames(self) -> int:
@@ -47,22 +50,22 @@ class SampledVideo:
     @property
     def tokens_per_frame(self) -> tuple[int, ...]:
         """Tokens of each frame, with `<FRAME>` and `<LINE>`."""
-        return tuple(count_frame_tokens(grid) for grid in self.grids)
+        return tokens_per_frame(self.grids, self.layout)
 
     @property
     def num_visual_tokens(self) -> int:
         """Tokens of all frames, without the two borders: the count of Table 6."""
-        return count_video_tokens(self.grids, borders=False)
+        return count_video_tokens(self.grids, borders=False, layout=self.layout)
 
     @property
     def num_tokens(self) -> int:
         """Positions the video takes in the context: frames and the two borders, without time marks."""
-        return count_video_tokens(self.grids)
+        return count_video_tokens(self.grids, layout=self.layout)
 
     @property
     def num_patches(self) -> int:
         """Rows of `pixel_values_videos`."""
-        return sum(rows * cols for rows, cols in self.grids)
+        return sum(rows * cols for rows, cols in self.grids[:: self.layout.chunk_size])
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class OpenVideo:
             grids=tuple(grids[high] for high in plan.high),
             num_asked=plan.num_asked,
             damage=self.reader.damage,
+            layout=self.options.layout,
         )
 
     def demand(self) -> VideoDemand:
@@ -142,9 +146,10 @@ class OpenVideo:
             num_asked=decoded.num_asked,
             missing=decoded.missing,
             damage=decoded.damage,
+            layout=planned.layout,
         )
         return sampled, decoded.frames
 
     def _cost(self, grid: Grid) -> FrameCost:
         rows, cols = grid
-        return FrameCost(count_frame_tokens(grid), rows * cols * 4 * 3 * self.options.patch_size**2)
+        return FrameCost(self.options.layout.count(grid), rows * cols * 4 * 3 * self.options.patch_size**2)

@@ -17,7 +17,7 @@ from .arrays_elva import array_fps
 from .decoding_elva import open_reader
 from .errors_elva import ConfigurationError, VideoError
 from .fitting_elva import Sample, choose_frames
-from .frames_elva import FrameSampling
+from .frames_elva import FULL_LAYOUT, FrameSampling
 from .options_elva import (
     SAMPLING_FIELDS,
     WINDOW_FIELDS,
@@ -70,6 +70,7 @@ class ElvaVideoProcessor(VideoProcessorMixin):
     """
 
     valid_kwargs = ElvaVideosKwargs
+    layout = FULL_LAYOUT  # how a frame is written in tokens
     model_input_names = ["pixel_values_videos"]
 
     def __init__(
@@ -217,19 +218,38 @@ class ElvaVideoProcessor(VideoProcessorMixin):
         Raises:
             VideoError: A video of which too much is damaged.
         """
-        patch_size = videos[0].options.patch_size if videos else self.patch_size
-        patches = torch.empty(sum(video.num_patches for video in planned), 3 * patch_size**2)
+        sizes = [self.rows_of(video, plan) for video, plan in zip(videos, planned, strict=True)]
+        width = sizes[0][1] if sizes else 3 * self.patch_size**2
+        patches = torch.empty(sum(rows for rows, _ in sizes), width)
         values = patches.numpy()
         taken, filled = [], 0
         for video, plan in zip(videos, planned, strict=True):
             sampled, frames = video.read(plan)
-            for frame, (rows, cols) in zip(frames, sampled.grids, strict=True):
-                out = values[filled : filled + rows * cols]
-                write_patches(frame.numpy(), patch_size, video.options.image_mean, video.options.image_std, out)
-                filled += rows * cols
+            rows, _ = self.rows_of(video, sampled)
+            self.write_rows(video, sampled, frames, values[filled : filled + rows])
+            filled += rows
             _report(video, plan, sampled)
             taken.append(sampled)
         return patches if filled == len(patches) else patches[:filled].clone(), taken
+
+    def rows_of(self, video: OpenVideo, sampled: SampledVideo) -> tuple[int, int]:
+        """Shape of the rows of `pixel_values_videos` that stand for a video."""
+        return sampled.num_patches, 3 * video.options.patch_size**2
+
+    def write_rows(self, video: OpenVideo, sampled: SampledVideo, frames: Sequence[Tensor], out: np.ndarray) -> None:
+        """Write the rows of a video.
+
+        Args:
+            video: Where its options are.
+            sampled: What was taken of it.
+            frames: Per frame `(3, height, width)` uint8.
+            out: Float32, of the shape that `rows_of` says.
+        """
+        options, filled = video.options, 0
+        for frame, (rows, cols) in zip(frames, sampled.grids, strict=True):
+            part = out[filled : filled + rows * cols]
+            write_patches(frame.numpy(), options.patch_size, options.image_mean, options.image_std, part)
+            filled += rows * cols
 
     def resolve_options(self, **options: Any) -> FrameOptions:
         """Which frames a call takes, with the processor's own fields for options not given; checked.
@@ -254,6 +274,7 @@ class ElvaVideoProcessor(VideoProcessorMixin):
             timestamps=given.get("timestamps", self.timestamps),
             image_mean=tuple(_three(given.get("image_mean", self.image_mean), "image_mean")),
             image_std=tuple(_three(given.get("image_std", self.image_std), "image_std")),
+            layout=self.layout,
         )
 
     def resolve_budgets(self, **options: Any) -> Budgets:

@@ -20,8 +20,11 @@ from elva_hf import sampled_elva, video_processing_elva
 from elva_hf.cli import app, loading
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS
+from elva_hf.evaluation import toy_world
 from elva_hf.evaluation.toy_world import HELD_OUT_TASKS, read_scores
 from elva_hf.training.lora import LoraOptions, add_lora
+from elva_hf.training.toy import build_model, build_processor, save
+from elva_hf.training.toy_recipe import read_recipe
 
 FRAME_OPTIONS = {
     *("--frames", "--high", "--low", "--fps", "--at", "--start", "--end", "--scenes", "--timestamps"),
@@ -32,7 +35,7 @@ OPTIONS = {
     "ask": {"--model", "--max-new-tokens", "--merge-schedule", "--device", "--stream", *FRAME_OPTIONS},
     "plan": {"--model", "--preset", "--merge-schedule", "--json", *FRAME_OPTIONS},
     "show": {"--out", "--model", "--question", "--merge-schedule", "--step", "--device", *FRAME_OPTIONS},
-    "init": {"--architecture"},
+    "init": {"--architecture", "--image-tower"},
     "export": set(),
     "train": {"--out", "--dry-run", "--processes", "--list"},
     "demo": set(),
@@ -432,3 +435,20 @@ def test_special_tokens_in_a_question_are_text(folder, clip):
         ),
         "answer",
     )
+
+
+@pytest.mark.parametrize("recipe", ["mavors_tiny", "video_panda_tiny"])
+def test_eval_reads_a_sibling(recipe, tmp_path, monkeypatch):
+    fields, _ = read_recipe(recipe)
+    tokenizer = build_toy_tokenizer()
+    model = build_model(fields, tokenizer)
+    save(model, tmp_path / "model")
+    build_processor(tokenizer, model.config).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(toy_world, "_blind", lambda single, split: {})  # tens of thousands of scenes
+    seen, answer_all = [], toy_world.answer_all
+    monkeypatch.setattr(toy_world, "answer_all", lambda *args: (seen.append(args[:2]), answer_all(*args))[1])
+    succeeds("eval", "toy-world", "--model", tmp_path / "model", "--questions", 1, "--out", tmp_path / "scores.json")
+    assert len(read_scores(tmp_path / "scores.json")) == len(TASKS) + len(HELD_OUT_TASKS)
+    names = {(type(student).__name__, type(processor).__name__) for student, processor in seen}
+    system = type(model).__name__.removesuffix("ForCausalLM")
+    assert names == {(f"{system}ForCausalLM", f"{system}Processor")}

@@ -1,4 +1,4 @@
-"""Transformers' common tests on ElvaModel and ElvaForCausalLM; run by `make mixins` (scripts/run_mixins.py).
+"""Transformers' common tests on ELVA, Video-Panda and Mavors; run by `make mixins` (scripts/run_mixins.py).
 
 Nothing of transformers' tests is copied here. Its sdist lacks three modules that the common tests import;
 they are replaced by empty ones, and what they would have tested is named below.
@@ -11,11 +11,17 @@ import types
 import unittest
 
 import torch
+from mavors_models import film, mavors_config
 from tiny_elva import tiny_config
+from tiny_video_panda import tiny_panda_config
 from transformers.models.auto import modeling_auto
 
 from elva_hf.configuration_elva import TOKEN_ID_FIELDS, ElvaConfig
 from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel
+from elva_hf.siblings.mavors.configuration_mavors import MavorsConfig
+from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM, MavorsModel
+from elva_hf.siblings.video_panda.configuration_video_panda import VideoPandaConfig
+from elva_hf.siblings.video_panda.modeling_video_panda import VideoPandaForCausalLM, VideoPandaModel
 
 
 def _stand_in(name, **contents):
@@ -34,12 +40,14 @@ _stand_in("tests.utils.test_configuration_utils", config_common_kwargs={})
 from tests import test_configuration_common, test_modeling_common, test_training_mixin  # noqa: E402
 
 # The common tests tell heads from base models by these static tables of names.
-modeling_auto.MODEL_MAPPING_NAMES["elva"] = "ElvaModel"
-modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["elva"] = "ElvaForCausalLM"
+for _type, _name in (("elva", "Elva"), ("video_panda", "VideoPanda"), ("mavors", "Mavors")):
+    modeling_auto.MODEL_MAPPING_NAMES[_type] = f"{_name}Model"
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[_type] = f"{_name}ForCausalLM"
 
 START, END, PATCH, FRAME, LINE, IMAGE = range(20, 26)  # above the words of the training test, below a cut vocabulary
 HIGH, LOW = (FRAME, *2 * [PATCH, PATCH, LINE]), (FRAME, PATCH, PATCH, PATCH, LINE)
 FRAMES = (*HIGH, *LOW, *HIGH)
+CHUNK = (FRAME, PATCH, LINE, PATCH)
 MERGE_SCHEDULE = json.loads(os.environ.get("ELVA_MERGE_SCHEDULE", '"none"'))
 
 
@@ -50,19 +58,19 @@ class ElvaModelTester:
     num_hidden_layers = 2
     num_attention_heads = 4
     hidden_size = 32
-    causal_lm_class = ElvaForCausalLM
-    base_model_class = ElvaModel
 
-    def __init__(self, parent, batch_size=3, frames=FRAMES):
+    def __init__(self, parent, batch_size=3, frames=None):
         self.parent = parent
+        self.base_model_class, self.causal_lm_class = parent.all_model_classes
         self.batch_size = batch_size
-        self.sample = [30, 31, START, *frames, END, 32, 33, 34]
+        self.frames = parent.frames if frames is None else frames
+        self.sample = [30, 31, START, *self.frames, END, 32, 33, 34]
         self.seq_length = len(self.sample)
-        self.patches = self.sample.count(PATCH)
+        self.rows = len(parent.draw_pixels(self.frames, 0))
 
     def get_config(self):
         """Tiny, with the usual small initial weights."""
-        return tiny_config(
+        return self.parent.tiny_config(
             text={"initializer_range": 0.02},
             initializer_range=0.02,
             video_start_token_id=START,
@@ -83,7 +91,7 @@ class ElvaModelTester:
         return config, {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "pixel_values_videos": torch.rand(self.batch_size * self.patches, 3 * config.patch_size**2),
+            "pixel_values_videos": torch.cat([self.parent.draw_pixels(self.frames, i) for i in range(self.batch_size)]),
         }
 
 
@@ -91,7 +99,7 @@ class OnePatchTester(ElvaModelTester):
     """Seven samples of one patch each: the eager/sdpa tests cut every input to seven entries on its first axis."""
 
     def __init__(self, parent):
-        super().__init__(parent, batch_size=7, frames=(FRAME, PATCH, LINE))
+        super().__init__(parent, batch_size=7, frames=parent.one_patch)
 
 
 class TextTester(ElvaModelTester):
@@ -115,6 +123,9 @@ class ElvaModelTest(test_modeling_common.ModelTesterMixin, test_training_mixin.T
     """The common model tests and the overfitting test."""
 
     all_model_classes = (ElvaModel, ElvaForCausalLM)
+    config_class = ElvaConfig
+    tiny_config = staticmethod(tiny_config)
+    frames, one_patch = FRAMES, (FRAME, PATCH, LINE)
     _is_composite = True
     skip_test_video_features_output_shape = True
     additional_model_inputs = ["pixel_values_videos"]  # for the eager/sdpa tests
@@ -124,13 +135,17 @@ class ElvaModelTest(test_modeling_common.ModelTesterMixin, test_training_mixin.T
         special = [tester for prefix, tester in TESTERS.items() if self._testMethodName.startswith(prefix)]
         self.model_tester = (special or [ElvaModelTester])[0](self)
         self.config_tester = test_configuration_common.ConfigTester(
-            self, config_class=ElvaConfig, has_text_modality=False
+            self, config_class=self.config_class, has_text_modality=False
         )
+
+    def draw_pixels(self, frames, seed):
+        """Rows of `pixel_values_videos` of one sample."""
+        return torch.rand(frames.count(PATCH), 3 * self.tiny_config().patch_size ** 2)
 
     def prepare_config_and_inputs_for_generate(self, batch_size=2):
         """Flat patches cannot be cut on their first axis, as the common tests would."""
         config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        cut = {name: batch_size * (self.model_tester.patches if "pixel" in name else 1) for name in inputs}
+        cut = {name: batch_size * (self.model_tester.rows if "pixel" in name else 1) for name in inputs}
         config.text_config.eos_token_id = config.text_config.forced_eos_token_id = None
         return config, {name: value[: cut[name]] for name, value in inputs.items()}
 
@@ -148,10 +163,10 @@ TESTERS = {
 SKIPPED = {
     "test_attn_implementation_composite_models": "attention layers name the kernel's wrapper: test_modeling_elva.py",
     "test_generation_tester_mixin_inheritance": "the generation mixin is not in the sdist: test_generation_elva.py",
-    "test_get_video_features_attentions": "there is no vision tower, hence no attention in it",
-    "test_get_video_features_hidden_states": "there is no vision tower: the only layer is one linear",
+    "test_get_video_features_attentions": "it ends before any attention: with a linear map or a convolution",
+    "test_get_video_features_hidden_states": "it has one layer: a linear map or a convolution",
 }
-"""Tests that mean nothing without a vision tower, or cannot be had, by name, each with its reason."""
+"""Tests that mean nothing here, or cannot be had, by name, each with its reason."""
 
 SKIPPED_WITH_MERGING = dict.fromkeys(
     (
@@ -225,7 +240,7 @@ NOT_HERE = {
         "test_resize_tokens_embeddings_with_deepspeed_multi_gpu",
     ),
     "no learned positions in the decoder": ("test_resize_position_vector_embeddings",),
-    "there is no vision tower": ("test_sdpa_can_dispatch_composite_models",),
+    "there is no vision tower that is a model of its own": ("test_sdpa_can_dispatch_composite_models",),
     "for models without sub-configurations": ("test_sdpa_can_dispatch_non_composite_models",),
     "the decoder of the tester does not slide": ("test_sliding_window_mask",),
     "slow test of torch.compile on an accelerator": ("test_torch_compile_for_training",),
@@ -235,3 +250,25 @@ NOT_HERE = {
 
 for _name, _reason in {**SKIPPED, **(SKIPPED_WITH_MERGING if MERGE_SCHEDULE != "none" else {})}.items():
     setattr(ElvaModelTest, _name, unittest.skip(_reason)(getattr(ElvaModelTest, _name)))
+
+
+class VideoPandaModelTest(ElvaModelTest):
+    """The same on Video-Panda."""
+
+    all_model_classes = (VideoPandaModel, VideoPandaForCausalLM)
+    config_class = VideoPandaConfig
+    tiny_config = staticmethod(tiny_panda_config)
+
+
+class MavorsModelTest(ElvaModelTest):
+    """The same on Mavors: a chunk of four frames and one of three in each sample; rows carry their place in time."""
+
+    all_model_classes = (MavorsModel, MavorsForCausalLM)
+    config_class = MavorsConfig
+    tiny_config = staticmethod(mavors_config)
+    frames, one_patch = (*CHUNK, *CHUNK), (FRAME,)
+
+    def draw_pixels(self, frames, seed):
+        """A chunk of one frame has one row for its one token."""
+        video = film(1, grid=(1, 1)) if frames == self.one_patch else film(4, 3, grid=(2, 2))
+        return video.rows(seed)

@@ -14,10 +14,9 @@ from elva_hf.errors_elva import CheckpointError, ConfigurationError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from elva_hf.architectures_elva import Architecture
     from elva_hf.modeling_elva import ElvaForCausalLM
     from elva_hf.processing_elva import ElvaProcessor
-
-ARCHITECTURES = ("elva",)
 
 
 def init(
@@ -25,31 +24,38 @@ def init(
         str, typer.Argument(metavar="TEXT_MODEL", help="Folder or Hub id of a causal language model.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist or be empty.")],
-    architecture: Annotated[str, typer.Option(help="What to build round the text model.")] = "elva",
+    architecture: Annotated[
+        str, typer.Option(help="What to build round the text model: elva, mavors or video-panda.")
+    ] = "elva",
+    image_tower: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a SigLIP whose image tower a mavors model starts from; random without."),
+    ] = None,
 ) -> None:
     """Build an untrained video model on a text model.
 
-    Writes the model, its processor and the files the Hub needs to OUT. The text model's weights are kept; the patch
-    embedding and the new tokens are random, so the result must be trained before it can see.
+    Writes the model, its processor and the files the Hub needs to OUT. The text model's weights are kept; the visual
+    front end and the new tokens are random, so the result must be trained before it can see.
     """
+    from elva_hf.architectures_elva import find_architecture
     from elva_hf.hub import export_hub_files
 
-    if architecture not in ARCHITECTURES:
-        raise ConfigurationError(
-            f"architecture {architecture!r} is not known; choose one of {', '.join(ARCHITECTURES)}."
-        )
+    system = find_architecture(architecture)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; name a new folder or empty this one.")
-    model, processor = build_from_text_model(text_model)
+    if image_tower is not None and not hasattr(system.causal_lm, "from_towers"):
+        raise ConfigurationError(f"--image-tower: {architecture} has no image tower; leave it out.")
+    model, processor = build_from_text_model(text_model, system, image_tower)
     with busy(f"writing {out}"):
         model.save_pretrained(out)
         processor.save_pretrained(out)
         export_hub_files(out)
     parameters = sum(p.numel() for p in model.parameters())
     fresh = sum(p.numel() for p in model.model.patch_embed.parameters())
-    print(
-        f"{out}: {parameters / 1e6:.1f}M parameters, {fresh / 1e6:.1f}M of them a random patch embedding to be trained."
-    )
+    if image_tower is not None:
+        fresh -= sum(p.numel() for p in model.model.patch_embed.encoder.parameters())
+    fresh = f"{fresh / 1e6:.1f}M of them a random visual front end to be trained"
+    print(f"{out}: {parameters / 1e6:.1f}M parameters, {fresh}.")
 
 
 def export(
@@ -66,24 +72,24 @@ def export(
         print(path)
 
 
-def build_from_text_model(text_model: str) -> tuple[ElvaForCausalLM, ElvaProcessor]:
-    """Load a text model and its tokenizer; returns the model and the processor built on them.
+def build_from_text_model(
+    text_model: str, system: Architecture, image_tower: str | None = None
+) -> tuple[ElvaForCausalLM, ElvaProcessor]:
+    """Load a text model and its tokenizer, and an image tower; returns the model and the processor built on them.
 
     Raises:
         CheckpointError: They cannot be loaded.
     """
     from transformers import AutoTokenizer
 
-    from elva_hf.configuration_elva import ElvaConfig
-    from elva_hf.modeling_elva import ElvaForCausalLM
-    from elva_hf.processing_elva import ElvaProcessor
-
     with loading.explained(text_model):
         tokenizer = AutoTokenizer.from_pretrained(text_model)
-        defaults = ElvaConfig()
-        fields = {name: getattr(defaults, name) for name in loading.VIDEO_FIELDS}
-        processor = ElvaProcessor.from_tokenizer(tokenizer, **fields)
-        model = ElvaForCausalLM.from_text_model(text_model, tokenizer=processor.tokenizer)
+        processor = system.processor.from_tokenizer(tokenizer, **system.config().video_options)
+        if image_tower is None:
+            model = system.causal_lm.from_text_model(text_model, tokenizer=processor.tokenizer)
+        else:
+            model = system.causal_lm.from_towers(text_model, image_tower, tokenizer=processor.tokenizer)
+            processor = system.processor.from_tokenizer(tokenizer, **model.config.video_options)
     if len(processor.tokenizer) > model.config.text_config.vocab_size:
         model.resize_token_embeddings(len(processor.tokenizer))
     model.generation_config.eos_token_id = _stop_tokens(model.generation_config.eos_token_id, processor.tokenizer)

@@ -15,7 +15,7 @@ from elva_hf.cli.application import busy
 from elva_hf.errors_elva import ConfigurationError
 
 if TYPE_CHECKING:
-    from elva_hf.configuration_elva import ElvaConfig
+    from elva_hf.configuration_elva import VideoDecoderConfig
     from elva_hf.data.checking import CheckOptions, CheckReport
     from elva_hf.data.mixtures import DataSource
     from elva_hf.processing_elva import ElvaProcessor
@@ -224,18 +224,16 @@ def _is_recipe(file: str) -> bool:
 
 def _geometry(
     model: str | None, preset: str | None
-) -> tuple[ElvaConfig, ElvaVideoProcessor, ElvaProcessor | None, str]:
+) -> tuple[VideoDecoderConfig, ElvaVideoProcessor, ElvaProcessor | None, str]:
     """Configuration, video processor, processor if text can be counted, and name of what counts."""
-    from elva_hf.configuration_elva import ElvaConfig
-    from elva_hf.video_processing_elva import ElvaVideoProcessor
+    from elva_hf.architectures_elva import read_preset
 
     if model is not None and preset is not None:
         raise ConfigurationError("--model and --preset both count the tokens; give one of them.")
     if model is None:
         preset = preset or DEFAULT_PRESET
-        config = ElvaConfig.from_preset(preset)
-        fields = {field: getattr(config, field) for field in loading.VIDEO_FIELDS}
-        return config, ElvaVideoProcessor(**fields), None, preset
+        system, config = read_preset(preset)
+        return config, system.video_processor(**config.video_options), None, preset
     checkpoint = loading.find_checkpoint(model)
     processor = loading.load_processor(checkpoint)
     return loading.load_config(checkpoint), processor.video_processor, processor, checkpoint

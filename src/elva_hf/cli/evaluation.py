@@ -29,6 +29,7 @@ def evaluate(
     """
     import torch
     from tqdm import tqdm
+    from transformers import AutoModelForCausalLM, AutoProcessor
 
     import elva_hf
     from elva_hf.data.toy_world import TASKS
@@ -39,8 +40,8 @@ def evaluate(
     folder = model or elva_hf.tiny_checkpoint()
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.")
-    student = elva_hf.ElvaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    processor = elva_hf.ElvaProcessor.from_pretrained(folder)
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder)
     with tqdm(total=4 * questions * len(TASKS), desc="answering", leave=False, delay=2) as bar:
         scores = toy_world.evaluate(
             student, processor, num_questions=questions, split=split, batch_size=batch_size, tick=bar.update

@@ -15,12 +15,9 @@ from elva_hf.cli.application import busy
 from elva_hf.errors_elva import CheckpointError, ConfigurationError, ContextOverflowError, ElvaError, VideoError
 
 if TYPE_CHECKING:
-    from elva_hf.configuration_elva import ElvaConfig
+    from elva_hf.configuration_elva import VideoDecoderConfig
     from elva_hf.pipeline_elva import ElvaPipeline
     from elva_hf.processing_elva import ElvaProcessor
-
-VIDEO_FIELDS = ("patch_size", "longest_edge", "low_res_longest_edge", "num_high_res_frames", "num_low_res_frames")
-"""What a model's configuration tells its video processor."""
 
 ADAPTER_FILE = "adapter_config.json"
 """What PEFT writes beside an adapter's weights; the base model is named in it."""
@@ -220,7 +217,7 @@ def find_base_model(checkpoint: str) -> str:
         return json.loads(adapter.read_text())["base_model_name_or_path"]
 
 
-def load_config(checkpoint: str) -> ElvaConfig:
+def load_config(checkpoint: str) -> VideoDecoderConfig:
     """Load the configuration of a checkpoint, or of the base model of an adapter.
 
     Raises:
@@ -228,11 +225,14 @@ def load_config(checkpoint: str) -> ElvaConfig:
     """
     from transformers import AutoConfig
 
+    from elva_hf.architectures_elva import ARCHITECTURES
+
     with explained(checkpoint):
         config = AutoConfig.from_pretrained(find_base_model(checkpoint))
-    if config.model_type != "elva":
+    if config.model_type.replace("_", "-") not in ARCHITECTURES:
         raise CheckpointError(
-            f"{checkpoint} is a {config.model_type!r} model, not 'elva'; 'elva init' builds one on a text model."
+            f"{checkpoint} is a {config.model_type!r} model, not one of {', '.join(ARCHITECTURES)}; 'elva init' builds "
+            "one on a text model."
         )
     return config
 

@@ -14,7 +14,7 @@ from elva_hf.cli.application import busy
 from elva_hf.errors_elva import ConfigurationError
 
 if TYPE_CHECKING:
-    from elva_hf.configuration_elva import ElvaConfig
+    from elva_hf.configuration_elva import VideoDecoderConfig
     from elva_hf.ledger_elva import Bounds, TokenPlan
     from elva_hf.sampled_elva import SampledVideo
     from elva_hf.schedule_elva import MergeSchedule, MergeStep
@@ -240,8 +240,11 @@ def to_json(sampled: SampledVideo, planned: TokenPlan, name: str, limit: int) ->
 
 
 def _frames(sampled: SampledVideo) -> Iterator[tuple]:
-    times = sampled.times or (None,) * sampled.num_frames
-    return zip(sampled.indices, times, sampled.high, sampled.grids, sampled.tokens_per_frame, strict=True)
+    """Each frame; of chunks the first, and of an image cut into parts the image for each."""
+    frames = list(zip(sampled.indices, sampled.times or (None,) * sampled.num_frames, sampled.high, strict=True))
+    grids, tokens = sampled.grids[:: sampled.layout.chunk_size], sampled.tokens_per_frame
+    frames = frames * len(grids) if sampled.info.is_image else frames[:: sampled.layout.chunk_size]
+    return ((*frame, *shape) for frame, *shape in zip(frames, grids, tokens, strict=True))
 
 
 def _stages(planned: TokenPlan) -> Iterator[tuple[str, str, str, str]]:
@@ -306,17 +309,15 @@ def _span(bounds: Bounds[int], shown: Callable[[int], str]) -> str:
     return "-".join(dict.fromkeys((shown(bounds.minimum), shown(bounds.maximum))))
 
 
-def _geometry(model: str | None, preset: str | None) -> tuple[ElvaConfig, ElvaVideoProcessor, Any, str]:
+def _geometry(model: str | None, preset: str | None) -> tuple[VideoDecoderConfig, ElvaVideoProcessor, Any, str]:
     """Configuration, video processor, tokenizer if there is one, and name of a model."""
-    from elva_hf.configuration_elva import ElvaConfig
-    from elva_hf.video_processing_elva import ElvaVideoProcessor
+    from elva_hf.architectures_elva import read_preset
 
     if preset is not None:
         if model is not None:
             raise ConfigurationError("--model and --preset exclude each other; keep one.")
-        config = ElvaConfig.from_preset(preset)
-        fields = {field: getattr(config, field) for field in loading.VIDEO_FIELDS}
-        return config, ElvaVideoProcessor(**fields), None, preset
+        system, config = read_preset(preset)
+        return config, system.video_processor(**config.video_options), None, preset
     checkpoint = loading.find_checkpoint(model)
     config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
     return config, processor.video_processor, processor.tokenizer, checkpoint

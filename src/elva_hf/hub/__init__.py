@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from elva_hf.architectures_elva import find_architecture
 from elva_hf.errors_elva import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,13 +25,28 @@ ENTRY_POINTS = ("configuration_elva.py", "modeling_elva.py", "processing_elva.py
 TRAINING_WEIGHTS = "guidance."
 """Prefix of the weights that only training needs: the task heads of a vision teacher."""
 
-AUTO_MAP = {
-    "AutoConfig": "configuration_elva.ElvaConfig",
-    "AutoModel": "modeling_elva.ElvaModel",
-    "AutoModelForCausalLM": "modeling_elva.ElvaForCausalLM",
-    "AutoModelForImageTextToText": "modeling_elva.ElvaForCausalLM",
-    "AutoModelForMultimodalLM": "modeling_elva.ElvaForCausalLM",
-}
+HEADS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+
+
+def auto_map(architecture: str) -> dict[str, str]:
+    """`auto_map` of a checkpoint's configuration: which class of which entry point each Auto class loads.
+
+    Args:
+        architecture: Name of a system, or its `model_type`.
+
+    Raises:
+        ConfigurationError: There is no such system.
+    """
+    system = find_architecture(architecture)
+    heads = {head: f"modeling_elva.{system.causal_lm.__name__}" for head in HEADS}
+    return {
+        "AutoConfig": f"configuration_elva.{system.config.__name__}",
+        "AutoModel": f"modeling_elva.{system.model.__name__}",
+        **heads,
+    }
+
+
+AUTO_MAP = auto_map("elva")
 
 
 def export_hub_files(folder: str | os.PathLike, card: Mapping[str, Any] | None = None) -> list[Path]:
@@ -56,13 +72,15 @@ def export_hub_files(folder: str | os.PathLike, card: Mapping[str, Any] | None =
             raise CheckpointError(f"{folder} has no {name}; save the model and the processor there first.")
     written = [Path(shutil.copy(resources.files(__name__) / name, folder / name)) for name in ENTRY_POINTS]
     written += drop_training_weights(folder)
-    written.append(_update_json(folder / "config.json", {"auto_map": AUTO_MAP}, without=("guidance",)))
+    model_type = json.loads((folder / "config.json").read_text()).get("model_type", "elva")
+    system, known = find_architecture(model_type), {"auto_map": auto_map(model_type)}
+    written.append(_update_json(folder / "config.json", known, without=("guidance",)))
     processor = json.loads((folder / "processor_config.json").read_text())
     video = {
         **processor.get("video_processor", {}),
-        "auto_map": {"AutoVideoProcessor": "processing_elva.ElvaVideoProcessor"},
+        "auto_map": {"AutoVideoProcessor": f"processing_elva.{system.video_processor.__name__}"},
     }
-    fields = {"auto_map": {"AutoProcessor": "processing_elva.ElvaProcessor"}, "video_processor": video}
+    fields = {"auto_map": {"AutoProcessor": f"processing_elva.{system.processor.__name__}"}, "video_processor": video}
     written.append(_update_json(folder / "processor_config.json", fields))
     if card is not None:
         path = folder / "README.md"

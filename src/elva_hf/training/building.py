@@ -9,23 +9,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer
 
-from elva_hf.configuration_elva import ElvaConfig
+from elva_hf.architectures_elva import ARCHITECTURES, Architecture, find_architecture
+from elva_hf.configuration_elva import VideoDecoderConfig
 from elva_hf.errors_elva import CheckpointError, ConfigurationError, ElvaError
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.lora import add_lora, load_kwargs
 from elva_hf.training.sections import GuidanceSection, ModelSection, Stage
 
-SHAPE_FIELDS = (
-    "patch_size",
-    "longest_edge",
-    "low_res_longest_edge",
-    "num_high_res_frames",
-    "num_low_res_frames",
-)
-"""Fields that a configuration and a video processor share."""
-
-PART_MODULES = {
+PART_MODULES = {  # what stands before what holds it
+    "image_tower": "model.patch_embed.encoder.",
+    "aggregator": "model.patch_embed.aggregator.",
+    "projector": "model.patch_embed.projector.",
     "patch_embed": "model.patch_embed.",
     "language_model": "model.language_model.",
     "lm_head": "lm_head.",
@@ -33,26 +28,39 @@ PART_MODULES = {
 }
 
 
-def read_config(model: ModelSection) -> ElvaConfig | None:
+def architecture_of(model: ModelSection) -> Architecture:
+    """That of the checkpoint to start from, if it is at hand, or else the one named.
+
+    Raises:
+        CheckpointError: The checkpoint is of no system of ours.
+        ConfigurationError: There is no such architecture.
+    """
+    if model.path is None or not Path(model.path).is_dir():
+        return find_architecture(model.architecture)
+    config = _load(AutoConfig.from_pretrained, model.path)
+    if config.model_type.replace("_", "-") not in ARCHITECTURES:
+        raise CheckpointError(f"{model.path} is a {config.model_type!r} model, not one of {', '.join(ARCHITECTURES)}.")
+    return find_architecture(config.model_type)
+
+
+def read_config(model: ModelSection) -> VideoDecoderConfig | None:
     """Configuration of a model before its weights are loaded; None if it is not at hand and no shape is named.
 
     Raises:
         CheckpointError: `path` is a folder without a checkpoint of ours.
         ConfigurationError: There is no such preset, or a field that no model can have.
     """
+    system = architecture_of(model)
     if model.path is not None and Path(model.path).is_dir():
-        config = _load(AutoConfig.from_pretrained, model.path)
-        if config.model_type != ElvaConfig.model_type:
-            raise CheckpointError(f"{model.path} is a {config.model_type!r} model, not 'elva'.")
-        return with_schedule(config, model)
+        return with_schedule(_load(AutoConfig.from_pretrained, model.path), model)
     if model.text_model is not None and Path(model.text_model).is_dir():
-        config = ElvaConfig(text_config=_load(AutoConfig.from_pretrained, model.text_model), **model.config)
+        config = system.config(text_config=_load(AutoConfig.from_pretrained, model.text_model), **model.config)
         return with_schedule(config, model)
     preset = model.preset or model.shape
-    return None if preset is None else with_schedule(ElvaConfig.from_preset(preset, **model.config), model)
+    return None if preset is None else with_schedule(system.config.from_preset(preset, **model.config), model)
 
 
-def with_schedule(config: ElvaConfig, model: ModelSection) -> ElvaConfig:
+def with_schedule(config: VideoDecoderConfig, model: ModelSection) -> VideoDecoderConfig:
     """The configuration with the section's merge schedule, if it has one.
 
     Raises:
@@ -85,20 +93,19 @@ def build_processor(stage: Stage) -> ElvaProcessor:
     Raises:
         CheckpointError: It cannot be loaded.
     """
-    model = stage.model
+    model, system = stage.model, architecture_of(stage.model)
     if model.path is not None:
-        processor = _load(ElvaProcessor.from_pretrained, model.path)
+        processor = _load(system.processor.from_pretrained, model.path)
     elif model.preset is not None and model.tokenizer is None:
         from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 
-        config = ElvaConfig.from_preset(model.preset, **model.config)
-        fields = {name: getattr(config, name) for name in SHAPE_FIELDS}
-        processor = ElvaProcessor.from_tokenizer(build_toy_tokenizer(), **fields)
+        config = system.config.from_preset(model.preset, **model.config)
+        processor = system.processor.from_tokenizer(build_toy_tokenizer(), **config.video_options)
     else:
         name = model.text_model or model.tokenizer
-        config = ElvaConfig.from_preset(model.preset, **model.config) if model.preset else ElvaConfig(**model.config)
-        fields = {name: getattr(config, name) for name in SHAPE_FIELDS}
-        processor = ElvaProcessor.from_tokenizer(_load(AutoTokenizer.from_pretrained, name), **fields)
+        shape = (model.preset,) if model.preset else ()
+        config = (system.config.from_preset if shape else system.config)(*shape, **model.config)
+        processor = system.processor.from_tokenizer(_load(AutoTokenizer.from_pretrained, name), **config.video_options)
     for name in ("longest_edge", "low_res_longest_edge"):
         edge = getattr(stage.video, name)
         if edge is not None:
@@ -123,7 +130,8 @@ def build_model(stage: Stage, processor: ElvaProcessor, teacher_width: int | Non
     options = load_kwargs(stage.lora) if stage.lora is not None else {}
     if section.path is not None:
         dtype = getattr(torch, section.dtype)
-        model = _load(ElvaForCausalLM.from_pretrained, section.path, dtype=dtype, use_safetensors=True, **options)
+        system = architecture_of(section)
+        model = _load(system.causal_lm.from_pretrained, section.path, dtype=dtype, use_safetensors=True, **options)
     elif section.text_model is not None:
         model = _from_text_model(section, processor)
     else:
@@ -150,6 +158,8 @@ def guidance_fields(guidance: GuidanceSection | None, teacher_width: int | None)
         "tube_weight": guidance.tube_weight,
         "frame_weight": guidance.frame_weight,
         "mask_same_video": guidance.mask_same_video,
+        "patch_weight": guidance.patch_weight,
+        "patch_loss": guidance.patch_loss,
     }
 
 
@@ -171,15 +181,24 @@ def freeze(model: nn.Module, trainable: str | list[str]) -> None:
 
 def _from_text_model(section: ModelSection, processor: ElvaProcessor) -> ElvaForCausalLM:
     fields = {**_ids(processor), **section.config}
-    model = _load(ElvaForCausalLM.from_text_model, section.text_model, tokenizer=processor.tokenizer, **fields)
+    system = architecture_of(section).causal_lm
+    if section.image_tower is None:
+        model = _load(system.from_text_model, section.text_model, tokenizer=processor.tokenizer, **fields)
+    elif not hasattr(system, "from_towers"):
+        name = section.architecture
+        raise ConfigurationError(f"model.image_tower={section.image_tower}: {name} has no image tower; leave it out.")
+    else:
+        towers = {"image_tower": section.image_tower, "tokenizer": processor.tokenizer}
+        model = _load(system.from_towers, section.text_model, **towers, **fields)
     return _with_vocabulary(model.to(getattr(torch, section.dtype)), processor)
 
 
 def _from_preset(section: ModelSection, processor: ElvaProcessor) -> ElvaForCausalLM:
-    config = ElvaConfig.from_preset(section.preset, **{**_ids(processor), **section.config})
+    system = architecture_of(section)
+    config = system.config.from_preset(section.preset, **{**_ids(processor), **section.config})
     if section.tokenizer is None:
         config.text_config.vocab_size = len(processor.tokenizer)
-    model = ElvaForCausalLM(config).to(getattr(torch, section.dtype))
+    model = system.causal_lm(config).to(getattr(torch, section.dtype))
     return _with_vocabulary(model, processor)
 
 

@@ -16,10 +16,12 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.geometry_elva import VisualGeometry, read_geometry
+from elva_hf.geometry_elva import VisualGeometry
 from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training.components import ComponentMeans, world_size
+from elva_hf.training.distillation import distillation_loss
 from elva_hf.training.grad_cache import FrameFeatures
+from elva_hf.training.hooks import CarryGradient, HookHandle
 from elva_hf.training.losses import (
     LossComponents,
     VisualTargets,
@@ -34,6 +36,7 @@ logger = logging.get_logger(__name__)
 BATCH_KEYS = (
     "teacher_tubes",
     "teacher_frames",
+    "teacher_patches",
     "num_videos_in_batch",
     "frame_gradients",
     "logit_scale_gradient",
@@ -41,6 +44,9 @@ BATCH_KEYS = (
     "sample_ids",
 )
 """Keys of a batch that the model's forward never sees."""
+
+WEIGHT_OF = {"loss_mse": "tube_weight", "loss_con": "frame_weight", "loss_distill": "patch_weight"}
+"""Field of `config.guidance` that weighs each term."""
 
 
 @dataclass
@@ -55,31 +61,16 @@ class _Call:
     logit_scale: Tensor | None = None
 
 
-class HookHandle:
-    """Removes hooks.
-
-    Args:
-        removers: Called once, in order.
-    """
-
-    def __init__(self, removers: Sequence[Callable[[], None]]):
-        self._removers = list(removers)
-
-    def remove(self) -> None:
-        """Remove the hooks; a second call does nothing."""
-        while self._removers:
-            self._removers.pop(0)()
-
-
 class GuidanceHook:
-    """Adds L_MSE (Eq. 2) and L_Con (Eq. 3) to the loss that a model returns in training mode (Eq. 4).
+    """Adds L_MSE (Eq. 2), L_Con (Eq. 3) and Video-Panda's distillation to a model's loss in training mode (Eq. 4).
 
     What to learn is in the model's `config.guidance`. The student's features are the last hidden states of the patch
     and `<FRAME>` tokens, through the task heads. Where tokens merge, hidden states come back at the input's length, so
     the feature of a merged patch is that of the patch that survived for it.
 
-    The teacher's features come with the batch (`teacher_tubes` `(C, h, w, W)`, `teacher_frames` `(F, W)`, taken out
-    before the model sees it) or from `teacher`, which sees the student's own pixels.
+    The teacher's features come with the batch (`teacher_tubes` `(C, h, w, W)`, `teacher_frames` `(F, W)`,
+    `teacher_patches` `(P, W)`, taken out before the model sees it) or from `teacher`, which sees the student's own
+    pixels.
 
     Args:
         teacher: Run on the fly for batches without features.
@@ -138,7 +129,7 @@ class GuidanceHook:
 
     @property
     def components(self) -> dict[str, Tensor]:
-        """Of this process: means of `loss_gen`, `loss_mse` and `loss_con` over optimiser steps, and the latest tau."""
+        """Of this process: means of the terms in use over optimiser steps, and the latest tau."""
         return self._means.means
 
     def take_components(self) -> dict[str, float]:
@@ -158,7 +149,7 @@ class GuidanceHook:
         components = self.take_components()
         if self.loss_is_bypassed and components:
             guidance = self._student.config.guidance or {}
-            weights = {"loss_mse": guidance.get("tube_weight"), "loss_con": guidance.get("frame_weight")}
+            weights = {name: guidance.get(weight) for name, weight in WEIGHT_OF.items()}
             added = sum(weights[name] * components[name] for name in weights if name in components)
             components |= {"loss_gen": logs["loss"], "loss": logs["loss"] + added}
         return components
@@ -204,7 +195,7 @@ class GuidanceHook:
             self._call.terms = LossComponents()
             return
         ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        geometry = read_geometry(module.token_kinds(ids, embeddings))
+        geometry = module.read_geometry(ids, embeddings)
         hidden = output[0].flatten(0, 1)
         patches = hidden[:0] if geometry is None else hidden[geometry.patch_index]
         frames = hidden[:0] if geometry is None else hidden[geometry.frame_index]
@@ -214,15 +205,22 @@ class GuidanceHook:
             if self._collected is not None:
                 self._collected.append(FrameFeatures(frames, targets, frame_videos(geometry, hidden), scale))
                 return
-            tubes = None if patches is None else self._tube_term(patches, targets, geometry)
+            weights = student.config.guidance
+            tubes = self._tube_term(patches, targets, geometry) if weights["tube_weight"] else None
             contrast = None if frames is None else self._frame_term(frames, scale, targets, geometry)
-        self._call.terms, self._call.logit_scale = LossComponents(loss_mse=tubes, loss_con=contrast), scale
+            distill = self._patch_term(patches, targets) if weights["patch_weight"] else None
+        self._call.terms = LossComponents(loss_mse=tubes, loss_con=contrast, loss_distill=distill)
+        self._call.logit_scale = scale
 
     def _targets(self, geometry: VisualGeometry, pixels: Tensor | None) -> VisualTargets:
         guidance, keys = self._student.config.guidance, self._call.keys
-        needed = {"teacher_tubes": guidance["tube_weight"], "teacher_frames": guidance["frame_weight"]}
+        needed = {
+            "teacher_tubes": guidance["tube_weight"],
+            "teacher_frames": guidance["frame_weight"],
+            "teacher_patches": guidance["patch_weight"],
+        }
         if all(keys.get(name) is not None for name, weight in needed.items() if weight):
-            targets = VisualTargets(keys.get("teacher_tubes"), keys.get("teacher_frames"))
+            targets = VisualTargets(*(keys.get(name) for name in needed))
         elif self.teacher is not None and pixels is not None:
             patch_size = self._student.config.patch_size
             targets = teacher_targets(
@@ -232,18 +230,25 @@ class GuidanceHook:
                 patch_size=patch_size,
                 image_mean=self.image_mean,
                 image_std=self.image_std,
+                with_patches=guidance["patch_weight"] > 0,
             )
         else:
             raise ConfigurationError(
                 "config.guidance is set, but the batch has no teacher_tubes and teacher_frames and there is no teacher "
                 "to make them from its pixels: pass teacher=VisualTeacher.from_pretrained(...), or a collator with "
-                "teacher_cache=TeacherCache(...); model.set_guidance(None) trains without."
+                "teacher_cache=TeacherCache(...), which has no features of single patches (patch_weight); "
+                "model.set_guidance(None) trains without."
             )
         self._check_width(targets, guidance["teacher_width"])
         return targets
 
     def _check_width(self, targets: VisualTargets, width: int) -> None:
-        for name, features in (("teacher_tubes", targets.tubes), ("teacher_frames", targets.frames)):
+        named = (
+            ("teacher_tubes", targets.tubes),
+            ("teacher_frames", targets.frames),
+            ("teacher_patches", targets.patches),
+        )
+        for name, features in named:
             if features is not None and features.shape[-1] != width:
                 raise ConfigurationError(
                     f"{name} is {features.shape[-1]} wide, but config.guidance has teacher_width={width}; cache and "
@@ -286,6 +291,13 @@ class GuidanceHook:
         )
         return loss / steps
 
+    def _patch_term(self, features: Tensor, targets: VisualTargets | None) -> Tensor:
+        """The same of the distillation: a mean over the patches of each micro-batch."""
+        if targets is None:
+            return features.sum()  # of nothing
+        kind = self._student.config.guidance["patch_loss"]
+        return distillation_loss(features, like(targets.patches, features), kind) / self.accumulation_steps
+
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Add the terms to the loss."""
         terms = self._call.terms
@@ -305,7 +317,7 @@ class GuidanceHook:
             parts = replace(terms, loss_gen=loss * multiplier)
             self._means.add(parts, self._call.logit_scale, 1 / self.accumulation_steps)
         if guidance is not None:
-            weighted = terms.total(guidance["tube_weight"], guidance["frame_weight"])
+            weighted = terms.total(*(guidance[weight] for weight in WEIGHT_OF.values()))
             output = self._add(output, loss, weighted / multiplier)
         self._call = _Call()
         return output
@@ -316,26 +328,10 @@ class GuidanceHook:
         if self._call.is_bypassed:
             if self.uses_loss_scaling:
                 raise ConfigurationError("guidance under TRL's trainers needs bf16=True or full precision, not fp16.")
-            output.log_probs = _Carry.apply(output.log_probs, term)
+            output.log_probs = CarryGradient.apply(output.log_probs, term)
         else:
             output.loss = loss + term
         return output
-
-
-class _Carry(torch.autograd.Function):
-    """Values as they are, on whose way back `term` gets the gradient of a summand of the loss.
-
-    TRL's trainers drop the loss a model returns and make their own of its `log_probs`.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, term: Tensor) -> Tensor:
-        ctx.shape, ctx.dtype = term.shape, term.dtype
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, torch.ones(ctx.shape, dtype=ctx.dtype, device=gradient.device)
 
 
 class GuidanceCallback(TrainerCallback):

@@ -31,10 +31,12 @@ class VisualTargets:
     Args:
         tubes: `(C, h, w, D)` map of each clip, averaged over its frames.
         frames: `(F, D)` mean over the map of each frame.
+        patches: `(P, D)` map of each frame on the student's own grid; None if nobody asked for it.
     """
 
-    tubes: Tensor
-    frames: Tensor
+    tubes: Tensor | None
+    frames: Tensor | None
+    patches: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,26 @@ class LossComponents:
         loss_gen: L_Gen.
         loss_mse: L_MSE (Eq. 2).
         loss_con: L_Con (Eq. 3).
+        loss_distill: Video-Panda's distillation (its Eq. 19), no term of ELVA's.
     """
 
     loss_gen: Tensor | None = None
     loss_mse: Tensor | None = None
     loss_con: Tensor | None = None
+    loss_distill: Tensor | None = None
 
-    def total(self, tube_weight: float = 1.0, frame_weight: float = 1.0) -> Tensor:
+    def total(self, tube_weight: float = 1.0, frame_weight: float = 1.0, patch_weight: float = 1.0) -> Tensor:
         """The sum of Eq. 4, which weighs all terms equally.
 
         Args:
             tube_weight: Weight of L_MSE.
             frame_weight: Weight of L_Con.
+            patch_weight: Weight of the distillation.
 
         Raises:
             ConfigurationError: There is no term.
         """
-        weights = {"loss_gen": 1.0, "loss_mse": tube_weight, "loss_con": frame_weight}
+        weights = {"loss_gen": 1.0, "loss_mse": tube_weight, "loss_con": frame_weight, "loss_distill": patch_weight}
         terms = [weight * getattr(self, name) for name, weight in weights.items() if getattr(self, name) is not None]
         if not terms:
             raise ConfigurationError(

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from elva_hf.configuration_elva import ElvaConfig
-from elva_hf.frames_elva import count_frame_tokens
+from elva_hf.architectures_elva import find_architecture
+from elva_hf.configuration_elva import VideoDecoderConfig
+from elva_hf.frames_elva import count_video_tokens
 from elva_hf.ledger_elva import plan_tokens
-from elva_hf.modeling_elva import LOSS_ROWS, ElvaForCausalLM
-from elva_hf.training.building import PART_MODULES, freeze, read_config, with_schedule
+from elva_hf.modeling_elva import LOSS_ROWS
+from elva_hf.training.building import PART_MODULES, freeze, guidance_fields, read_config, with_schedule
 from elva_hf.training.recipe import Recipe, starting_from
 from elva_hf.training.sections import Stage
 
@@ -46,7 +47,7 @@ class StagePlan:
     accumulation_steps: int
     num_samples: int | None
     num_steps: int | None
-    config: ElvaConfig | None
+    config: VideoDecoderConfig | None
     trained: dict[str, int]
     frozen: int
     tokens: int | None
@@ -99,7 +100,7 @@ def plan_recipe(recipe: Recipe, num_processes: int = 1) -> list[StagePlan]:
     return plans
 
 
-def plan_stage(stage: Stage, config: ElvaConfig | None, num_processes: int) -> StagePlan:
+def plan_stage(stage: Stage, config: VideoDecoderConfig | None, num_processes: int) -> StagePlan:
     """Plan one stage of a model of this configuration."""
     accumulation = stage.accumulation_steps(num_processes)
     samples = count_samples(stage)
@@ -108,7 +109,7 @@ def plan_stage(stage: Stage, config: ElvaConfig | None, num_processes: int) -> S
         return StagePlan(stage, num_processes, accumulation, samples, steps, None, {}, 0, None, {})
     trained, frozen = count_parameters(stage, config)
     video = square_video(stage, config)
-    tokens = sum(count_frame_tokens(grid) for grid in video) + 2
+    tokens = count_video_tokens(video, layout=config.frame_layout)
     sizes = estimate_bytes(stage, config, sum(trained.values()), frozen, num_processes)
     return StagePlan(stage, num_processes, accumulation, samples, steps, config, trained, frozen, tokens, sizes)
 
@@ -134,24 +135,23 @@ def count_samples(stage: Stage) -> int | None:
     return round(total)
 
 
-def square_video(stage: Stage, config: ElvaConfig) -> list[tuple[int, int]]:
+def square_video(stage: Stage, config: VideoDecoderConfig) -> list[tuple[int, int]]:
     """Grids of a video of square frames at the stage's ceilings."""
     given = stage.video.options
     edges = [given.get(name, getattr(config, name)) for name in ("longest_edge", "low_res_longest_edge")]
-    high, low = (edge // config.patch_size for edge in edges)
+    high, low = map(config.square_grid, edges)
     counts = [given.get(name, getattr(config, name)) for name in ("num_high_res_frames", "num_low_res_frames")]
     if "num_frames" in given:
         counts = [given["num_frames"], 0]
-    return [(high, high)] * counts[0] + [(low, low)] * counts[1]
+    return [high] * counts[0] + [low] * counts[1]
 
 
-def count_parameters(stage: Stage, config: ElvaConfig) -> tuple[dict[str, int], int]:
+def count_parameters(stage: Stage, config: VideoDecoderConfig) -> tuple[dict[str, int], int]:
     """Parameters that train, by part, and the number of those that do not; counted on a model without storage."""
     with torch.device("meta"):
-        model: Any = ElvaForCausalLM(config)
+        model: Any = find_architecture(config.model_type).causal_lm(config)
         if stage.guidance is not None:
-            weights = {"tube_weight": stage.guidance.tube_weight, "frame_weight": stage.guidance.frame_weight}
-            model.set_guidance({"teacher_width": SIGLIP_WIDTH, **weights})
+            model.set_guidance(guidance_fields(stage.guidance, SIGLIP_WIDTH))
     if stage.lora is None:
         freeze(model, stage.trainable)
         own = dict(PART_MODULES)
@@ -170,7 +170,9 @@ def count_parameters(stage: Stage, config: ElvaConfig) -> tuple[dict[str, int], 
     return trained, frozen
 
 
-def estimate_bytes(stage: Stage, config: ElvaConfig, trained: int, frozen: int, num_processes: int) -> dict[str, int]:
+def estimate_bytes(
+    stage: Stage, config: VideoDecoderConfig, trained: int, frozen: int, num_processes: int
+) -> dict[str, int]:
     """Estimated peak bytes on a GPU: weights, gradients, AdamW and activations of a micro-batch.
 
     Activations are those of square frames and a caption: what gradient checkpointing keeps of each layer and one layer
@@ -205,7 +207,7 @@ def _describe_source(stage: Stage) -> str:
     return "that of the stage before"
 
 
-def _describe_schedule(config: ElvaConfig) -> str:
+def _describe_schedule(config: VideoDecoderConfig) -> str:
     steps = config.resolve_merge_schedule().steps
     what = [
         f"above similarity {step.similarity_threshold:g} at layer {step.layer}"
@@ -216,7 +218,7 @@ def _describe_schedule(config: ElvaConfig) -> str:
     return ", ".join(what) or "none"
 
 
-def _describe_video(stage: Stage, config: ElvaConfig | None) -> str:
+def _describe_video(stage: Stage, config: VideoDecoderConfig | None) -> str:
     options = stage.video.options
     if config is not None:
         options = {"longest_edge": config.longest_edge, **options}
@@ -225,9 +227,11 @@ def _describe_video(stage: Stage, config: ElvaConfig | None) -> str:
 
 def _describe_losses(stage: Stage) -> str:
     guidance = stage.guidance
+    if stage.preference is not None:
+        return f"DPO, beta {stage.preference.beta:g}"
     if guidance is None:
         return "L_Gen"
-    terms = [("L_MSE", guidance.tube_weight), ("L_Con", guidance.frame_weight)]
+    terms = [("L_MSE", guidance.tube_weight), ("L_Con", guidance.frame_weight), ("L_distill", guidance.patch_weight)]
     shown = [name if weight == 1 else f"{weight:g} {name}" for name, weight in terms if weight]
     teacher = guidance.cache if guidance.teacher is None else guidance.teacher
     return " + ".join(["L_Gen", *shown]) + f", teacher {teacher}, layer {guidance.layer}"

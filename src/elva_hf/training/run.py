@@ -19,12 +19,13 @@ from typing import Any
 
 import torch
 
+from elva_hf.architectures_elva import find_architecture
 from elva_hf.data.collator import ElvaCollator
 from elva_hf.data.datasets import ElvaDataset, ElvaStream
 from elva_hf.data.mixtures import Mixture, StreamingMixture
 from elva_hf.errors_elva import ConfigurationError, ElvaError
 from elva_hf.modeling_elva import ElvaForCausalLM
-from elva_hf.training.building import build_model, build_processor, check_folder
+from elva_hf.training.building import PART_MODULES, build_model, build_processor, check_folder
 from elva_hf.training.plan import StagePlan, count_steps, plan_recipe
 from elva_hf.training.recipe import Recipe, starting_from
 from elva_hf.training.run_folder import BAD_SAMPLES, MODEL, check_same_run, start_over, write_record
@@ -134,6 +135,7 @@ def build_trainer(
 ) -> Any:
     """The `ElvaTrainer` of a stage, with its data and callbacks."""
     from elva_hf.training.nonfinite import NonFiniteGuard
+    from elva_hf.training.preference import PreferenceTrainer
     from elva_hf.training.streaming import StreamTrainer
     from elva_hf.training.trainer import ElvaTrainer
 
@@ -154,8 +156,11 @@ def build_trainer(
         pad_to_multiple_of=data.pad_to_multiple_of,
         **stage.video.options,
     )
-    kind = StreamTrainer if data.streaming else ElvaTrainer
+    kind, own = (StreamTrainer if data.streaming else ElvaTrainer), {}
+    if stage.preference is not None:
+        kind, own = PreferenceTrainer, {"beta": stage.preference.beta}
     return kind(
+        **own,
         model=model,
         args=arguments,
         train_dataset=dataset,
@@ -165,6 +170,7 @@ def build_trainer(
         teacher=teacher,
         grad_cache=stage.guidance is not None and stage.guidance.grad_cache,
         train_sampler=_sampler(stage, dataset, processor, folder),
+        learning_rates={PART_MODULES[part]: rate for part, rate in stage.training.learning_rates.items()},
     )
 
 
@@ -221,7 +227,7 @@ def training_arguments(stage: Stage, folder: Path) -> Any:
     if stage.training.deepspeed is not None:
         _require("deepspeed", f"training.deepspeed={stage.training.deepspeed}", "deepspeed")
     training, on_cpu = stage.training, stage.training.use_cpu or not torch.cuda.is_available()
-    own = ("batch_size", "warmup_ratio", "optim", "deepspeed", "max_nonfinite_steps", "torch_compile")
+    own = ("batch_size", "warmup_ratio", "optim", "deepspeed", "max_nonfinite_steps", "torch_compile", "learning_rates")
     given = {name: value for name, value in asdict(training).items() if name not in own}
     given["use_cpu"] = on_cpu
     given["tf32"] = None if on_cpu else training.tf32
@@ -295,7 +301,7 @@ def unsharded(model: Any, state: dict[str, torch.Tensor]) -> ElvaForCausalLM:
         state: Its gathered weights.
     """
     with torch.device("meta"):
-        whole = ElvaForCausalLM(copy.deepcopy(model.config))
+        whole = find_architecture(model.config.model_type).causal_lm(copy.deepcopy(model.config))
     whole.load_state_dict(state, assign=True)
     whole.tie_weights()
     whole.generation_config = model.generation_config

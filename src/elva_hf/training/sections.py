@@ -12,8 +12,8 @@ from elva_hf.training.lora import LoraOptions
 WEIGHT_SOURCES = ("path", "text_model", "preset")
 """Where the weights of a model come from; one replaces another."""
 
-PARTS = ("patch_embed", "guidance", "language_model", "lm_head")
-"""Names that `trainable` takes."""
+PARTS = ("patch_embed", "image_tower", "aggregator", "projector", "guidance", "language_model", "lm_head")
+"""Names that `trainable` takes; the second to the fourth are parts of the first in Mavors."""
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,22 @@ class ModelSection:
     Args:
         path: Checkpoint of ours to start from.
         text_model: Text model to put a fresh visual front end on (Hub id or folder).
-        preset: Fresh random weights of a shape: `elva-1.5b`, `elva-7b`, `elva-7b-hd`, `tiny`.
+        image_tower: SigLIP image tower that a fresh Mavors starts from, beside `text_model` (Hub id or folder).
+        architecture: What is built on a text model or a preset: `elva`, `mavors` or `video-panda`; a path says itself.
+        preset: Fresh random weights of a shape: `elva-1.5b`, `elva-7b`, `elva-7b-hd`, `tiny`; a sibling has its own.
         shape: Preset that a plan counts with while the weights are not at hand.
         tokenizer: Of a preset; the toy world's if None.
         dtype: Of the weights; float32 is what mixed precision and ZeRO keep a master copy of.
         attn_implementation: As in transformers.
         merge_schedule: Where tokens merge from this stage on (section 3.1); None keeps the checkpoint's.
         gradient_checkpointing: Recompute activations in the backward pass.
-        config: Other fields of `ElvaConfig`, of a fresh model.
+        config: Other fields of the configuration, of a fresh model.
     """
 
     path: str | None = None
     text_model: str | None = None
+    image_tower: str | None = None
+    architecture: str = "elva"
     preset: str | None = None
     shape: str | None = None
     tokenizer: str | None = None
@@ -59,6 +63,8 @@ class VideoSection:
         num_high_res_frames: High-resolution frames.
         num_low_res_frames: Low-resolution frames.
         fps: Frames per second of video.
+        max_chunks: The most chunks of a video, of Mavors.
+        sub_images: Whether images are cut into sub-images, of Mavors.
     """
 
     longest_edge: int | None = None
@@ -67,6 +73,8 @@ class VideoSection:
     num_high_res_frames: int | None = None
     num_low_res_frames: int | None = None
     fps: float | None = None
+    max_chunks: int | None = None
+    sub_images: bool | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -85,6 +93,8 @@ class GuidanceSection:
         cache: Folder of features written by `elva teach`.
         tube_weight: Weight of L_MSE (Eq. 4); 0 for none.
         frame_weight: Weight of L_Con (Eq. 4); 0 for none.
+        patch_weight: Weight of Video-Panda's distillation (its Eq. 19); 0 for none. Needs a teacher, not a cache.
+        patch_loss: `"cosine"` or `"mse"` (its Table 5).
         mask_same_video: Whether frames of the same video are no negatives of each other.
         grad_cache: Whether L_Con sees the whole step's frames, not a micro-batch's, for a second forward pass.
         teacher_dtype: Of the teacher's weights.
@@ -96,9 +106,22 @@ class GuidanceSection:
     cache: str | None = None
     tube_weight: float = 1.0
     frame_weight: float = 1.0
+    patch_weight: float = 0.0
+    patch_loss: Literal["cosine", "mse"] = "cosine"
     mask_same_video: bool = False
     grad_cache: bool = False
     teacher_dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class PreferenceSection:
+    """Direct preference optimisation instead of L_Gen; the rows of `data` are pairs (`training.preference`).
+
+    Args:
+        beta: How far the model may go from what it was.
+    """
+
+    beta: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -130,6 +153,8 @@ class TrainingSection:
 
     Args:
         batch_size: Samples of an optimiser step, over all GPUs and micro-batches.
+        learning_rates: Other learning rates of some parts, by the names that `trainable` takes.
+        lr_scheduler_kwargs: As in `TrainingArguments`, for example the lowest rate of `cosine_with_min_lr`.
         warmup_ratio: Share of the steps in which the learning rate rises.
         optim: None for AdamW, fused where there is a GPU.
     """
@@ -137,7 +162,9 @@ class TrainingSection:
     batch_size: int
     per_device_train_batch_size: int
     learning_rate: float
+    learning_rates: dict[str, float] = field(default_factory=dict)
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_ratio: float = 0.0
     num_train_epochs: float = 1.0
     max_steps: int = -1
@@ -171,6 +198,7 @@ class Stage:
     training: TrainingSection
     video: VideoSection = VideoSection()
     guidance: GuidanceSection | None = None
+    preference: PreferenceSection | None = None
     trainable: Literal["all"] | list[str] = "all"
     lora: LoraOptions | None = None
 
@@ -180,10 +208,17 @@ class Stage:
         given = [name for name in WEIGHT_SOURCES if getattr(self.model, name) is not None]
         if len(given) > 1:
             raise ConfigurationError(f"model.{' and model.'.join(given)} are given; keep one of them.")
+        if self.model.image_tower is not None and self.model.text_model is None:
+            raise ConfigurationError(
+                f"model.image_tower={self.model.image_tower} goes with a fresh model on model.text_model; write "
+                "image_tower: null."
+            )
         _check_fractions(self.data)
         _check_frames(self.video)
-        if self.guidance is not None and not (self.guidance.tube_weight or self.guidance.frame_weight):
-            raise ConfigurationError("guidance.tube_weight and guidance.frame_weight are both 0; write guidance: null.")
+        if self.guidance is not None:
+            _check_guidance(self.guidance)
+        if self.preference is not None:
+            _check_preference(self)
 
     def accumulation_steps(self, num_processes: int) -> int:
         """Micro-batches of an optimiser step on each GPU.
@@ -222,10 +257,33 @@ def _check_trainable(stage: Stage) -> None:
         raise ConfigurationError("trainable and lora are both given; modules_to_save of lora says what else trains.")
 
 
+def _check_guidance(guidance: GuidanceSection) -> None:
+    if not (guidance.tube_weight or guidance.frame_weight or guidance.patch_weight):
+        raise ConfigurationError(
+            "guidance.tube_weight and guidance.frame_weight are both 0, and patch_weight too; write guidance: null."
+        )
+    if guidance.patch_weight and guidance.teacher is None and guidance.cache is not None:
+        raise ConfigurationError("guidance.patch_weight needs guidance.teacher: a cache has no features of patches.")
+
+
+def _check_preference(stage: Stage) -> None:
+    if not stage.preference.beta > 0:
+        raise ConfigurationError(f"preference.beta={stage.preference.beta}: expected more than 0.")
+    if stage.guidance is not None or stage.data.streaming or stage.data.packing != "shared_prefix":
+        raise ConfigurationError(
+            "preference goes with data.packing=shared_prefix, and neither with guidance nor with data.streaming."
+        )
+
+
 def _check_training(training: TrainingSection) -> None:
     for name in ("batch_size", "per_device_train_batch_size", "learning_rate", "save_steps", "logging_steps"):
         if getattr(training, name) <= 0:
             raise ConfigurationError(f"training.{name}={getattr(training, name)}: expected more than 0.")
+    for part, rate in training.learning_rates.items():
+        if part not in PARTS or isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+            raise ConfigurationError(
+                f"training.learning_rates.{part}={rate!r}: expected a rate above 0 for one of {', '.join(PARTS)}."
+            )
     if not 0 <= training.warmup_ratio < 1:
         raise ConfigurationError(f"training.warmup_ratio={training.warmup_ratio}: expected 0 or more, below 1.")
     if training.max_steps <= 0 and training.max_steps != -1:

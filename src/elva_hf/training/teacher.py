@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elva_hf.errors_elva import ConfigurationError
@@ -275,6 +276,7 @@ def teacher_targets(
     patch_size: int,
     image_mean: float | Sequence[float] = 0.5,
     image_std: float | Sequence[float] = 0.5,
+    with_patches: bool = False,
 ) -> VisualTargets:
     """What the losses of section 3.2 compare the student with.
 
@@ -285,19 +287,37 @@ def teacher_targets(
         patch_size: Side of a patch in pixels.
         image_mean: Of the student's processor.
         image_std: Likewise.
+        with_patches: Whether each frame's map is wanted too, average-pooled to the student's grid of that frame.
 
     Returns:
         Per clip the teacher's map averaged over its frames, per frame the mean over its map; float32.
     """
     videos = frames_from_patches(pixel_values_videos, geometry, patch_size, image_mean, image_std)
     frame_clip = frame_clips(geometry)[0].tolist()
-    tubes, frames, first = [], [], 0
+    host = geometry.host or geometry
+    grids = list(zip(host.frame_rows.tolist(), host.frame_columns.tolist(), strict=True))
+    tubes, frames, patches, first = [], [], [], 0
     for maps in teacher.each(videos):
         of_video = summarize(maps, frame_clip[first : first + len(maps)])
         tubes.append(of_video.tubes)
         frames.append(of_video.frames)
+        if with_patches:
+            patches += map(pool_map, maps, grids[first : first + len(maps)])
         first += len(maps)
-    return VisualTargets(tubes=torch.cat(tubes), frames=torch.cat(frames))
+    return VisualTargets(torch.cat(tubes), torch.cat(frames), torch.cat(patches) if with_patches else None)
+
+
+def pool_map(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Average-pool a map to another grid of the same picture; a finer one repeats its places.
+
+    Args:
+        features: `(h, w, D)`.
+        grid: Rows and columns.
+
+    Returns:
+        `(rows * columns, D)` float32.
+    """
+    return F.adaptive_avg_pool2d(features.float().permute(2, 0, 1), grid).flatten(1).T
 
 
 def summarize(maps: Tensor, frame_clip: Sequence[Any]) -> VisualTargets:

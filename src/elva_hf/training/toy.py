@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,17 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from elva_hf.configuration_elva import ElvaConfig
+from elva_hf.architectures_elva import Architecture, find_architecture
+from elva_hf.configuration_elva import VideoDecoderConfig
 from elva_hf.data.collator import IGNORED, PackedRow, pack_rows
 from elva_hf.data.toy_rows import draw_questions, name_some_by_shape
 from elva_hf.data.toy_teacher import busy_patches, teacher_features, teacher_width
 from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import STAGGERED_SHARE, TASKS, questions, render, sample_scene, through_codec
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.geometry_elva import VisualGeometry, read_geometry
+from elva_hf.frames_elva import FULL_LAYOUT
+from elva_hf.geometry_elva import VisualGeometry
+from elva_hf.layout_elva import FrameLayout
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.losses import patch_alignment_loss, tube_alignment_loss, tubes_of_patches
@@ -36,6 +39,9 @@ from elva_hf.training.toy_recipe import ToyStage, read_recipe
 from elva_hf.video_processing_elva import patchify
 
 logger = logging.getLogger(__name__)
+
+NUM_FRAMES = 8
+"""Frames of a clip of the world, unless a stage says otherwise."""
 
 
 def frames_to_patches(frames: np.ndarray, patch_size: int) -> Tensor:
@@ -56,7 +62,14 @@ class ToyDataset(Dataset):
         num_questions: Questions drawn for each video.
         patch_size: Side of a patch.
         aspects: What the teacher knows, as `teacher_features` takes it.
+
+    Attributes:
+        layout: How the model's frames are written in tokens; ELVA's unless it is set.
+        arrange: Puts the pixels of all frames, `(T, n, W)`, in the order of the model's rows; likewise.
     """
+
+    layout: FrameLayout = FULL_LAYOUT
+    arrange: Callable[[Tensor], Tensor] = staticmethod(partial(torch.flatten, start_dim=0, end_dim=1))
 
     def __init__(
         self,
@@ -92,8 +105,10 @@ class ToyDataset(Dataset):
         asked = draw_questions(asked, self.num_questions, rng, self.stage.focus or {})
         grid = (frames.shape[1] // self.patch_size, frames.shape[2] // self.patch_size)
         return {
-            "row": encode_turns(self.tokenizer, len(frames), grid, [(q.text, q.answer) for q in asked]),
-            "patches": frames_to_patches(frames, self.patch_size),
+            "row": encode_turns(
+                self.tokenizer, len(frames), grid, [(q.text, q.answer) for q in asked], layout=self.layout
+            ),
+            "patches": self.arrange(frames_to_patches(frames, self.patch_size).unflatten(0, (len(frames), -1))),
             "teacher": self._teach(clean),
             "tasks": [q.task for q in asked],
         }
@@ -101,14 +116,22 @@ class ToyDataset(Dataset):
     def _teach(self, frames: np.ndarray) -> Tensor | None:
         if not self.stage.is_guided:
             return None
-        return torch.from_numpy(teacher_features(frames, self.patch_size, self.aspects)).flatten(0, 2)
+        features = torch.from_numpy(teacher_features(frames, self.patch_size, self.aspects))
+        chunks = [chunk.mean(0) for chunk in features.split(self.layout.chunk_size)]  # a frame, or what stands as one
+        return torch.stack(chunks).flatten(0, 2)
 
 
-def encode_turns(tokenizer: Any, num_frames: int, grid: tuple[int, int], turns: Sequence[tuple[str, str]]) -> PackedRow:
+def encode_turns(
+    tokenizer: Any,
+    num_frames: int,
+    grid: tuple[int, int],
+    turns: Sequence[tuple[str, str]],
+    *,
+    layout: FrameLayout = FULL_LAYOUT,
+) -> PackedRow:
     """Tokenise one video and its questions exactly as the processor does a single chat turn."""
-    rows, columns = grid
-    frame = "<FRAME>" + ("<video>" * columns + "<LINE>") * rows
-    prefix = encode_text(tokenizer, "<|im_start|>user\n<|vision_start|>" + frame * num_frames + "<|vision_end|>")
+    frames = layout.write(grid, "<FRAME>", "<LINE>", "<video>") * -(-num_frames // layout.chunk_size)
+    prefix = encode_text(tokenizer, "<|im_start|>user\n<|vision_start|>" + frames + "<|vision_end|>")
     return PackedRow(
         list(prefix),
         [
@@ -155,7 +178,7 @@ class ToyTrainer(Trainer):
         )
         self.parts["loss_gen"].append(loss.item())
         if teacher is not None:
-            geometry = read_geometry(model.model.token_kinds(inputs["input_ids"]))
+            geometry = model.model.read_geometry(inputs["input_ids"])
             student = model.guidance.tube_head(outputs.hidden_states[-1].flatten(0, 1)[geometry.patch_index])
             error = self._align(student, teacher, geometry)
             self.parts["loss_mse"].append(error.item())
@@ -251,6 +274,8 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
         patch_alignment_weight=0.0,
     )
     held_out = ToyDataset(as_tested, tokenizer, length=200, seed=0, split="validation", **common)
+    for shown in (train, held_out):
+        shown.layout, shown.arrange = model.config.frame_layout, model.config.arrange_pixels
     arguments = TrainingArguments(
         output_dir=str(out / stage.name),
         max_steps=stage.max_steps,
@@ -301,13 +326,19 @@ def _muon(model: nn.Module, stage: ToyStage) -> MuonWithAdamW | None:
     return MuonWithAdamW(model, stage.learning_rate, stage.muon_learning_rate, stage.weight_decay)
 
 
-def build_model(recipe: dict[str, Any], tokenizer: Any) -> ElvaForCausalLM:
-    """A fresh model of the recipe's preset, with the task head of the teacher attached as `guidance`."""
-    config = ElvaConfig.from_preset(recipe["preset"], **add_special_tokens(tokenizer), **recipe.get("config", {}))
+def build_config(system: Architecture, recipe: dict[str, Any], tokenizer: Any) -> VideoDecoderConfig:
+    """The configuration of a recipe's `preset`, with the tokenizer's ids, its `config` and its `text_config`."""
+    config = system.config.from_preset(recipe["preset"], **add_special_tokens(tokenizer), **recipe.get("config", {}))
     text = {**config.text_config.to_dict(), "vocab_size": len(tokenizer), **recipe.get("text_config", {})}
     text.pop("layer_types", None)  # as many as there were layers
     config.text_config = type(config.text_config)(**text)
-    model = ElvaForCausalLM(config)
+    return config
+
+
+def build_model(recipe: dict[str, Any], tokenizer: Any) -> ElvaForCausalLM:
+    """A fresh model of the recipe's architecture and preset, with the task head of the teacher attached."""
+    system = find_architecture(recipe.get("architecture", "elva"))
+    model = system.causal_lm(build_config(system, recipe, tokenizer))
     model.set_guidance({"teacher_width": teacher_width(recipe.get("teacher", ["looks"])), "frame_weight": 0.0})
     generation = model.generation_config
     generation.eos_token_id = tokenizer.eos_token_id
@@ -315,16 +346,12 @@ def build_model(recipe: dict[str, Any], tokenizer: Any) -> ElvaForCausalLM:
     return model
 
 
-def build_processor(tokenizer: Any, config: ElvaConfig) -> ElvaProcessor:
+def build_processor(tokenizer: Any, config: VideoDecoderConfig) -> ElvaProcessor:
     """The processor of a toy model: eight frames, all at high resolution."""
-    return ElvaProcessor.from_tokenizer(
-        tokenizer,
-        patch_size=config.patch_size,
-        longest_edge=config.longest_edge,
-        low_res_longest_edge=config.low_res_longest_edge,
-        num_high_res_frames=config.num_high_res_frames,
-        num_low_res_frames=config.num_low_res_frames,
-    )
+    options = config.video_options
+    if "num_high_res_frames" not in options:
+        options["num_frames"] = NUM_FRAMES  # Mavors reads by frames per second, which arrays have not
+    return find_architecture(config.model_type).processor.from_tokenizer(tokenizer, **options)
 
 
 def stages_from(stages: list[ToyStage], name: str | None) -> list[ToyStage]:
@@ -355,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = build_toy_tokenizer()
     model = build_model(recipe, tokenizer)
     if options.weights is not None:
-        saved = ElvaForCausalLM.from_pretrained(options.weights)
+        saved = type(model).from_pretrained(options.weights)
         model.load_state_dict(saved.state_dict(), strict=False)  # all but the task head
         model.set_merge_schedule(saved.config.merge_schedule)
     for stage in stages_from(stages, options.start_at):

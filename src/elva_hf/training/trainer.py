@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ class ElvaTrainer(SafeCheckpoints, Trainer):
         teacher: Gives the features that batches do not bring; never saved, nor part of the model.
         grad_cache: Whether L_Con does not depend on how a step is split (GradCache).
         train_sampler: Order of the samples, instead of what `args` say.
+        learning_rates: Other learning rates of parameters whose names begin so, the longest beginning first.
         **kwargs: Of `Trainer`. `processing_class` gives the pixels' mean and deviation for the teacher.
 
     Raises:
@@ -49,9 +50,11 @@ class ElvaTrainer(SafeCheckpoints, Trainer):
         teacher: VisualTeacher | None = None,
         grad_cache: bool = False,
         train_sampler: Sampler | None = None,
+        learning_rates: dict[str, float] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.learning_rates = dict(sorted((learning_rates or {}).items(), key=lambda item: -len(item[0])))
         self.grad_cache = grad_cache
         self.train_sampler = train_sampler
         self.last_sample_ids: list[int] = []
@@ -73,6 +76,19 @@ class ElvaTrainer(SafeCheckpoints, Trainer):
     @property
     def _guidance(self) -> dict[str, Any] | None:
         return find_student(self.model)[0].config.guidance
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer`'s; its groups are split where parts have learning rates of their own."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.learning_rates:
+            names = {id(p): name for name, p in (self.model if model is None else model).named_parameters()}
+            split_groups(optimizer, lambda parameter: self._rate_of(names.get(id(parameter), "")))
+        return optimizer
+
+    def _rate_of(self, name: str) -> float | None:
+        """Learning rate of a parameter, if it has its own; DDP and PEFT write something before its name."""
+        return next((rate for start, rate in self.learning_rates.items() if f".{start}" in f".{name}"), None)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -163,3 +179,20 @@ class ElvaTrainer(SafeCheckpoints, Trainer):
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
         return super()._get_train_sampler(*args, **kwargs) if self.train_sampler is None else self.train_sampler
+
+
+def split_groups(optimizer: torch.optim.Optimizer, rate_of: Callable[[Tensor], float | None]) -> None:
+    """Give some parameters of a fresh optimiser learning rates of their own, in groups that are else the same.
+
+    Args:
+        optimizer: Before its first step and its scheduler.
+        rate_of: A parameter's own learning rate; None for that of its group.
+    """
+    groups = []
+    for group in optimizer.param_groups:
+        by_rate: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            rate = rate_of(parameter)
+            by_rate.setdefault(group["lr"] if rate is None else rate, []).append(parameter)
+        groups += [{**group, "params": params, "lr": rate} for rate, params in by_rate.items()]
+    optimizer.param_groups = groups

@@ -1,5 +1,21 @@
 """Hub entry point: the installed package, by the name that a checkpoint's `auto_map` asks for."""
 
-from elva_hf import ElvaForCausalLM, ElvaModel, ElvaPreTrainedModel
+from elva_hf import (
+    ElvaForCausalLM,
+    ElvaModel,
+    ElvaPreTrainedModel,
+    MavorsForCausalLM,
+    MavorsModel,
+    VideoPandaForCausalLM,
+    VideoPandaModel,
+)
 
-__all__ = ["ElvaForCausalLM", "ElvaModel", "ElvaPreTrainedModel"]
+__all__ = [
+    "ElvaForCausalLM",
+    "ElvaModel",
+    "ElvaPreTrainedModel",
+    "MavorsForCausalLM",
+    "MavorsModel",
+    "VideoPandaForCausalLM",
+    "VideoPandaModel",
+]
