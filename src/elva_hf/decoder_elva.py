@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from .attention_elva import Packing, attention_config, causal_mask
 from .cache_elva import ElvaCache, adopt_cache
 from .errors_elva import ConfigurationError
+from .fusion_elva import merge_tokens, similarity_to_next
 from .geometry_elva import to_host
 from .merging_elva import (
     MergeMap,
@@ -31,8 +32,6 @@ from .merging_elva import (
     link_tubes,
     merge_above,
     merge_most_similar,
-    merge_tokens,
-    similarity_to_next,
 )
 from .packing_elva import BatchLayout, PackedCache
 from .schedule_elva import MergeSchedule, MergeStep
@@ -142,7 +141,7 @@ def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, t
     for sample, count in zip(tubes.samples, removals, strict=True):
         lengths[sample] -= count
     survivors = find_survivors(merge, links, schedule.survivor)
-    hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths))
+    hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths), links)
     return PackedTokens(
         hidden=hidden,
         rotary=tuple(part[:, kept] for part in tokens.rotary),
