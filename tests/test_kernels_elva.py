@@ -1,7 +1,8 @@
 """The Triton kernels of the merge against the pure functions, and the rule that chooses between them.
 
-On CUDA the kernels run as compiled (`gpu`). Elsewhere they run in Triton's interpreter, which has to be asked for before
-triton is imported: `test_the_kernels_in_tritons_interpreter` runs the tests of this file again in a process that does.
+On CUDA the kernels run as compiled (`gpu`). Elsewhere they run in Triton's interpreter, which has to be asked for
+before triton is imported: `test_the_kernels_in_tritons_interpreter` runs this file again in a process that does. A
+program takes the interpreter a millisecond, so the rows are short.
 """
 
 import importlib.util
@@ -21,8 +22,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 NEEDS_TRITON = pytest.mark.skipif(not HAS_TRITON, reason="needs triton")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WIDTHS = (1, 5, 64, 1024, 1300)
-"""Below a block, a block, and more with a rest."""
+WIDTHS = (1, 64, 1300)
+"""Below a block, a block, and more than the largest with a rest."""
 
 on_each_device = pytest.mark.parametrize(
     "device",
@@ -39,7 +40,7 @@ on_each_device = pytest.mark.parametrize(
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 @NEEDS_TRITON
 def test_the_kernels_in_tritons_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "cpu"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__, "-k", "cpu"]
     ran = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
@@ -83,7 +84,7 @@ def assert_merged_alike(found, expected, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_similarity_is_the_references(fused, device, dtype, width):
-    hidden, links = row([1, 2, 3, 4, 7], width, dtype, device)
+    hidden, links = row([1, 2, 4], width, dtype, device)
     expected = merging_elva.similarity_to_next(hidden, links)
     found = fused.similarity_to_next(hidden, links)
     assert found.dtype == expected.dtype == torch.float32
@@ -95,8 +96,8 @@ def test_similarity_is_the_references(fused, device, dtype, width):
 def test_similarity_at_the_edges_is_the_references(fused, device):
     """Equal rows are at most 1, a row of zeros resembles nothing, NaN stays NaN, and gradients do not pass."""
     torch.manual_seed(0)
-    twins = torch.randn(100, 37).repeat_interleave(2, 0).to(device)
-    links = link_tubes(torch.arange(100, device=device).repeat_interleave(2))
+    twins = torch.randn(30, 37).repeat_interleave(2, 0).to(device)
+    links = link_tubes(torch.arange(30, device=device).repeat_interleave(2))
     similarity = fused.similarity_to_next(twins.requires_grad_(), links)
     assert similarity[::2].max() == 1 and similarity[::2].min() > 0.99999 and not similarity.requires_grad
     odd = torch.tensor([[0.0, 0], [0, 0], [1, 0], [1, 0], [torch.nan, 0], [1, 1]], device=device)
@@ -109,12 +110,12 @@ def test_similarity_at_the_edges_is_the_references(fused, device):
 @on_each_device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("survivor", ["last", "first"])
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_means_are_the_references(fused, device, dtype, survivor, share):
-    """Runs of every length from 1 to 9, sizes from earlier merges, none, some or all links merged."""
-    for width in WIDTHS:
-        hidden, links = row(list(range(1, 10)), width, dtype, device, seed=width)
-        merge = (torch.rand(len(hidden), generator=torch.Generator().manual_seed(width)) < share).to(device)
+@pytest.mark.parametrize("width, share", [(1300, 1.0), (64, 0.5), (5, 0.0)])
+def test_means_are_the_references(fused, device, dtype, survivor, width, share):
+    """Runs of every length up to 5, sizes from earlier merges, all, some or no links merged."""
+    for seed in range(2):
+        hidden, links = row([1, 2, 3, 4, 5], width, dtype, device, alone=2, seed=seed)
+        merge = (torch.rand(len(hidden), generator=torch.Generator().manual_seed(seed)) < share).to(device)
         survivors, kept = merge_runs_of(links, merge, survivor)
         sizes = torch.randint(1, 9, (len(hidden),)).float().to(device)
         expected = merging_elva.merge_tokens(hidden, sizes, survivors, kept)
@@ -123,7 +124,7 @@ def test_means_are_the_references(fused, device, dtype, survivor, share):
         alone = torch.bincount(survivors, minlength=len(hidden))[found[2]] == 1
         assert torch.equal(found[0][alone], hidden[found[2]][alone])
         if share == 1:
-            assert kept == 9 + 3
+            assert kept == 5 + 2
 
 
 @on_each_device
@@ -185,11 +186,11 @@ def test_the_gradient_of_a_mean_is_the_references(fused, device, dtype):
 
 
 @on_each_device
-@pytest.mark.parametrize("schedule", ["paper", "first", "window and max_run"])
+@pytest.mark.parametrize("schedule", ["paper", "first"])
 def test_a_model_merges_with_the_kernels_as_without(monkeypatch, device, schedule):
     """Logits and every gradient; no similarity of this batch is a threshold to within rounding."""
     model = deep_model().to(device)
-    inputs = {name: value.to(device) for name, value in movies(BUSY[:2], dtype=torch.float32).items()}
+    inputs = {name: value.to(device) for name, value in movies(BUSY[1:2], dtype=torch.float32).items()}
 
     def run():
         model.zero_grad()
@@ -243,7 +244,7 @@ def test_a_kernel_that_fails_is_heard(monkeypatch):
         deep_model()(**movies(BUSY[:1], dtype=torch.float32), merge_schedule=MIXED)
 
 
-def test_a_merge_on_a_cpu_never_imports_triton():
+def test_a_merge_without_cuda_never_imports_the_kernels():
     code = (
         "import torch, sys; from elva_hf import fusion_elva, merging_elva\n"
         "links = merging_elva.link_tubes(torch.zeros(3, dtype=torch.long))\n"
