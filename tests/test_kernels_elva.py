@@ -25,16 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 64, 1300)
 """Below a block, a block, and more than the largest with a rest."""
 
-on_each_device = pytest.mark.parametrize(
-    "device",
-    [
-        pytest.param(
-            "cpu",
-            marks=[NEEDS_TRITON, pytest.mark.skipif(not INTERPRETED, reason="run by the interpreter's test")],
-        ),
-        pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_TRITON]),
-    ],
-)
+DEVICE = pytest.param("cpu") if INTERPRETED else pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_TRITON])
+
+where_kernels_run = pytest.mark.parametrize("device", [DEVICE])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
@@ -80,7 +73,7 @@ def assert_merged_alike(found, expected, dtype):
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-@on_each_device
+@where_kernels_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_similarity_is_the_references(fused, device, dtype, width):
@@ -92,7 +85,7 @@ def test_similarity_is_the_references(fused, device, dtype, width):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@on_each_device
+@where_kernels_run
 def test_similarity_at_the_edges_is_the_references(fused, device):
     """Equal rows are at most 1, a row of zeros resembles nothing, NaN stays NaN, and gradients do not pass."""
     torch.manual_seed(0)
@@ -107,7 +100,7 @@ def test_similarity_at_the_edges_is_the_references(fused, device):
     assert torch.equal(found.isnan(), expected.isnan()) and found.isnan().sum() == 2
 
 
-@on_each_device
+@where_kernels_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("survivor", ["last", "first"])
 @pytest.mark.parametrize("width, share", [(1300, 1.0), (64, 0.5), (5, 0.0)])
@@ -127,7 +120,7 @@ def test_means_are_the_references(fused, device, dtype, survivor, width, share):
             assert kept == 5 + 2
 
 
-@on_each_device
+@where_kernels_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equal_tokens_and_huge_ones_keep_their_exact_values(fused, device, dtype):
     hidden, links = row([6, 1], 70, dtype, device)
@@ -139,7 +132,7 @@ def test_equal_tokens_and_huge_ones_keep_their_exact_values(fused, device, dtype
     assert torch.equal(merged, hidden[survivors.unique()])
 
 
-@on_each_device
+@where_kernels_run
 def test_rows_that_are_not_contiguous(fused, device):
     wide, links = row([4, 3], 200, torch.float32, device)
     survivors, kept = merge_runs_of(links, links.has_next)
@@ -152,7 +145,7 @@ def test_rows_that_are_not_contiguous(fused, device):
         assert_merged_alike(fused.merge_tokens(hidden, sizes, survivors, kept, links), expected, torch.float32)
 
 
-@on_each_device
+@where_kernels_run
 @pytest.mark.parametrize("tokens", [0, 1, 4])
 def test_rows_without_tubes(fused, device, tokens):
     hidden, links = row([], 6, torch.float32, device, alone=tokens)
@@ -164,7 +157,7 @@ def test_rows_without_tubes(fused, device, tokens):
     assert index.tolist() == places.tolist() == list(range(tokens))
 
 
-@on_each_device
+@where_kernels_run
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_gradient_of_a_mean_is_the_references(fused, device, dtype):
     hidden, links = row([1, 2, 5, 3], 33, dtype, device)
@@ -185,7 +178,7 @@ def test_the_gradient_of_a_mean_is_the_references(fused, device, dtype):
     torch.testing.assert_close(found, expected, rtol=bound, atol=bound)
 
 
-@on_each_device
+@where_kernels_run
 @pytest.mark.parametrize("schedule", ["paper", "first"])
 def test_a_model_merges_with_the_kernels_as_without(monkeypatch, device, schedule):
     """Logits and every gradient; no similarity of this batch is a threshold to within rounding."""

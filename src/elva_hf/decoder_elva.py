@@ -446,7 +446,8 @@ def _past_masks(
 
 def _restore(state: PackedTokens, layout: BatchLayout) -> Tensor:
     """`(B, N, D)`: every token of the input reads the one that stands for it."""
-    return layout.unpack(state.hidden[state.now])
+    merged = state.now is not state.origins
+    return layout.unpack(state.hidden[state.now] if merged else state.hidden)
 
 
 def _starts_stage(cache: Cache | None, layer: int) -> bool:
@@ -520,4 +521,11 @@ class _Chunked:
         self.forward = forward
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return torch.cat([self.forward(part) for part in hidden.split(MLP_ROWS, 1)], 1)
+        parts = hidden.split(MLP_ROWS, 1)
+        first = self.forward(parts[0])
+        output = first.new_empty(*hidden.shape[:-1], first.shape[-1])  # so that the pieces never exist twice
+        places = output.split(MLP_ROWS, 1)
+        places[0].copy_(first)
+        for part, place in zip(parts[1:], places[1:], strict=True):
+            place.copy_(self.forward(part))
+        return output
