@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from elva_hf import decoder_elva
 from elva_hf.attention_elva import Packing, attend, attention_config, causal_mask, kernel_name, wrap_attention
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.modeling_elva import ElvaForCausalLM
@@ -44,6 +45,48 @@ def plain(query, key, value):
             scores = key[0, head // 2, :visible] @ query[0, head, i] / 8**0.5
             seen[0, i, head] = scores.softmax(0) @ value[0, head // 2, :visible]
     return seen
+
+
+def mask_of_transformers(config, batch, queries, keys, key_mask, like):
+    """What `causal_mask` gives, always made by transformers."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[kernel_name(config)](
+        batch_size=batch, q_length=queries, kv_length=keys, q_offset=keys - queries, attention_mask=key_mask,
+        allow_is_causal_skip=key_mask is None, dtype=like.dtype, device=like.device, config=config,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("holes", [True, False])
+def test_a_mask_over_keys_with_holes_is_transformers_own(attention, queries, holes):
+    key_mask = torch.rand(3, 9) > 0.4 if holes else None
+    arguments = (attention.config, 3, queries, 9, key_mask, torch.ones(1))
+    found, expected = causal_mask(*arguments), mask_of_transformers(*arguments)
+    assert (found is None) == (expected is None)
+    if found is not None:
+        assert found.shape == expected.shape and found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa"], indirect=True)
+def test_the_mask_of_one_query_is_the_key_mask_itself(attention):
+    """Every stage of every decode step makes one; transformers' would be a dozen operations each."""
+    key_mask = torch.rand(3, 9) > 0.4
+    mask = causal_mask(attention.config, 3, 1, 9, key_mask, torch.ones(1))
+    assert mask.data_ptr() == key_mask.data_ptr() and mask.shape == (3, 1, 1, 9)
+
+
+@torch.no_grad()
+def test_decoding_after_a_merge_is_bit_equal_with_masks_made_by_transformers(monkeypatch):
+    model, inputs = deep_model(), movies(BUSY, dtype=torch.float32)
+
+    def decode():
+        cache = model(**inputs, merge_schedule=MIXED, use_cache=True).past_key_values
+        ids = torch.arange(9, 14)[:, None]
+        return torch.cat([model(input_ids=ids + i, past_key_values=cache).logits for i in range(4)], 1)
+
+    found = decode()
+    monkeypatch.setattr(decoder_elva, "causal_mask", mask_of_transformers)
+    assert torch.equal(found, decode())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What a forward never holds: logits of every position, and a whole MLP of a long prefill."""
 
+import weakref
+
 import pytest
 import torch
 from tiny_elva import BOS, VOCAB, batch, batch_inputs, sample_inputs, tiny_model, video, words
@@ -110,6 +112,34 @@ def test_a_long_prefill_runs_its_mlp_in_chunks_and_leaves_the_modules_as_they_we
     torch.testing.assert_close(chunked, whole)
     assert seen.largest == 7 * width
     assert all("forward" not in vars(layer.mlp) for layer in model.model.language_model.layers)
+
+
+@torch.no_grad()
+def test_an_mlp_in_chunks_is_never_held_twice(model, monkeypatch):
+    """Its pieces go into one output as they come; joined at the end they would all be there beside it."""
+    monkeypatch.setattr(decoder_elva, "MLP_ROWS", 7)
+    layers, hidden = model.model.language_model.layers, torch.randn(1, 40, model.config.text_config.hidden_size)
+    whole = layers[0].mlp(hidden)
+    pieces = []
+    handle = layers[0].mlp.down_proj.register_forward_hook(lambda *args: pieces.append(weakref.ref(args[2])))
+    with decoder_elva.mlp_in_chunks(layers, 40):
+        alive = []
+        layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: alive.append(sum(p() is not None for p in pieces)))
+        chunked = layers[0].mlp(hidden)
+    handle.remove()
+    torch.testing.assert_close(chunked, whole)
+    assert len(pieces) == 6 and max(alive) <= 1
+
+
+@torch.no_grad()
+def test_states_that_nothing_has_merged_are_not_copied(model):
+    """Without padding the state of a layer is what the layer was given, up to the first merge."""
+    given = []
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    states = model(**sample_inputs(SAMPLE), output_hidden_states=True).hidden_states
+    pointers = [state.data_ptr() for state in states[:3]], [state.data_ptr() for state in given]
+    assert [one == other for one, other in zip(*pointers, strict=True)] == [True, False, False]
 
 
 def test_mlp_chunks_respect_a_forward_that_was_there_before(model, monkeypatch):

@@ -6,6 +6,7 @@ EXACTNESS = "tests/test_merging_exactness.py"
 CACHE = "tests/test_cache_elva.py"
 DECODER = "tests/test_decoder_elva.py"
 ATTENTION = "tests/test_attention_elva.py"
+KERNELS = "tests/test_kernels_elva.py"
 PURE = "tests/test_merging_elva.py"
 TRAINING = "tests/test_merging_training.py"
 
@@ -189,7 +190,28 @@ MERGING = (
         "kept = alive.nonzero().squeeze(1)",
         (DECODER, "-k", "never_waits"),
     ),
+    Fault(
+        "what has merged is not given back at the input's length",
+        "decoder_elva.py",
+        "merged = state.now is not state.origins",
+        "merged = len(state.now) == len(state.origins)",
+        (EXACTNESS, "-k", "alone_is_its_oracle"),
+    ),
+    Fault(
+        "float64 goes to the kernels",
+        "fusion_elva.py",
+        "hidden.is_cuda and hidden.dtype in FUSED_DTYPES and",
+        "hidden.is_cuda and",
+        (KERNELS, "-k", "three_dtypes"),
+    ),
     # attention and cache
+    Fault(
+        "one query sees holes",
+        "attention_elva.py",
+        "return key_mask[:, None, None]",
+        "return key_mask[:, None, None] | True",
+        (ATTENTION, "-k", "holes"),
+    ),
     Fault(
         "as many keys as queries for FlashAttention",
         "attention_elva.py",

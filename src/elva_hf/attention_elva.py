@@ -114,7 +114,10 @@ def causal_mask(
         key_mask: `(B, keys)` bool, False for padding; None if there is none.
         like: A tensor of the decoder's device and dtype.
     """
-    return ALL_MASK_ATTENTION_FUNCTIONS[kernel_name(config)](
+    kernel = kernel_name(config)
+    if kernel == "sdpa" and queries == 1 and key_mask is not None:
+        return key_mask[:, None, None]  # one query is the last token: all keys come before it
+    return ALL_MASK_ATTENTION_FUNCTIONS[kernel](
         batch_size=batch,
         q_length=queries,
         kv_length=keys,

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache
 from .attention_elva import Packing, attention_config, causal_mask
 from .cache_elva import ElvaCache, adopt_cache
 from .errors_elva import ConfigurationError
+from .fusion_elva import merge_tokens, similarity_to_next
 from .geometry_elva import to_host
 from .merging_elva import (
     InputMerge,
@@ -32,8 +33,6 @@ from .merging_elva import (
     link_tubes,
     merge_above,
     merge_most_similar,
-    merge_tokens,
-    similarity_to_next,
 )
 from .packing_elva import BatchLayout, PackedCache
 from .schedule_elva import MergeSchedule, MergeStep
@@ -143,7 +142,7 @@ def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, t
     for sample, count in zip(tubes.samples, removals, strict=True):
         lengths[sample] -= count
     survivors = find_survivors(merge, links, schedule.survivor)
-    hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths))
+    hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths), links)
     return PackedTokens(
         hidden=hidden,
         rotary=tuple(part[:, kept] for part in tokens.rotary),
@@ -500,7 +499,8 @@ def _past_masks(
 
 def _restore(state: PackedTokens, layout: BatchLayout) -> Tensor:
     """`(B, N, D)`: every token of the input reads the one that stands for it."""
-    return layout.unpack(state.hidden[state.now])
+    merged = state.now is not state.origins
+    return layout.unpack(state.hidden[state.now] if merged else state.hidden)
 
 
 def _starts_stage(cache: Cache | None, layer: int) -> bool:
@@ -574,4 +574,11 @@ class _Chunked:
         self.forward = forward
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return torch.cat([self.forward(part) for part in hidden.split(MLP_ROWS, 1)], 1)
+        parts = hidden.split(MLP_ROWS, 1)
+        first = self.forward(parts[0])
+        output = first.new_empty(*hidden.shape[:-1], first.shape[-1])  # so that the pieces never exist twice
+        places = output.split(MLP_ROWS, 1)
+        places[0].copy_(first)
+        for part, place in zip(parts[1:], places[1:], strict=True):
+            place.copy_(self.forward(part))
+        return output

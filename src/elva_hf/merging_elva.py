@@ -241,6 +241,21 @@ def find_survivors(merge: Tensor, links: TubeLinks, survivor: str = "last") -> T
     return torch.empty_like(links.order).scatter(0, links.order, links.order[stands])
 
 
+def index_survivors(survivors: Tensor, num_kept: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the survivors in the order of the sequence; needs no host sync.
+
+    Args:
+        survivors: `(n,)` from `find_survivors`.
+        num_kept: `m`, the number of survivors.
+
+    Returns:
+        `(n,)` bool survivors, `(m,)` their indices, ascending, and `(n,)` where the survivor of each token will be.
+    """
+    alive = survivors == torch.arange(len(survivors), device=survivors.device)
+    kept = torch.nonzero_static(alive, size=num_kept).squeeze(1)
+    return alive, kept, (alive.cumsum(0) - 1)[survivors]
+
+
 def merge_tokens(
     hidden: Tensor, token_sizes: Tensor, survivors: Tensor, num_kept: int, chunk: int = 1024
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -260,10 +275,8 @@ def merge_tokens(
         `(m, D)` tokens in the dtype of `hidden`, `(m,)` their sizes, `(m,)` the indices they had, ascending, and
         `(n,)` where the survivor of each old token now is.
     """
-    alive = survivors == torch.arange(len(survivors), device=survivors.device)
-    kept = torch.nonzero_static(alive, size=num_kept).squeeze(1)
+    alive, kept, new_index = index_survivors(survivors, num_kept)
     lost = torch.nonzero_static(~alive, size=len(survivors) - num_kept).squeeze(1)
-    new_index = (alive.cumsum(0) - 1)[survivors]
 
     dtype = _sum_dtype(hidden)
     sizes = token_sizes.index_select(0, kept).index_add(0, new_index[lost], token_sizes[lost])
