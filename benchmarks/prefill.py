@@ -313,7 +313,7 @@ def compare_mlp(setting: Setting) -> list[Row]:
     rows = measure_rounds(
         {"whole": (run_layer, setting, False), "in chunks": (run_layer, setting, True)}, setting.processes
     )
-    at_a_time = {"whole": shape["tokens"], "in chunks": decoder_elva.MLP_ROWS}
+    at_a_time = {"whole": shape["tokens"], "in chunks": decoder_elva.mlp_rows(torch.device(setting.device))}
     return [
         {"run": name, "rows_at_a_time": at_a_time[name], **shape, **summarise(rows[name], rows["whole"])}
         for name in rows

@@ -8,6 +8,7 @@ DECODER = "tests/test_decoder_elva.py"
 ATTENTION = "tests/test_attention_elva.py"
 KERNELS = "tests/test_kernels_elva.py"
 PURE = "tests/test_merging_elva.py"
+TILES = "tests/test_tiles_elva.py"
 TRAINING = "tests/test_merging_training.py"
 
 MERGING = (
@@ -331,5 +332,27 @@ MERGING = (
         "if labels is None or not self.training:",
         "if True:",
         (TRAINING, DECODER, "-k", "logits_exist or head_sees"),
+    ),
+    # attention in tiles
+    Fault(
+        "attention in tiles sees one token ahead",
+        "tiles_elva.py",
+        "-torch.inf).triu(1)",
+        "-torch.inf).triu(2)",
+        (TILES, "-k", "float64_gives"),
+    ),
+    Fault(
+        "scores of attention in tiles rounded to bfloat16",
+        "tiles_elva.py",
+        "torch.mm(tile, keys[:, :end], out=scores)",
+        "scores.copy_(torch.mm(tile.bfloat16(), keys[:, :end].bfloat16()))",
+        (TILES, "-k", "large_scores"),
+    ),
+    Fault(
+        "attention in tiles where a gradient is wanted",
+        "tiles_elva.py",
+        "and not torch.is_grad_enabled()\n",
+        "and True\n",
+        (TILES, "-k", "plain_causal_inference"),
     ),
 )

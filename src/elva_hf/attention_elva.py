@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors_elva import ConfigurationError
+from .tiles_elva import causal_attention, suits_tiles
 
 PREFIX = "elva_"
 
@@ -223,8 +224,19 @@ def attend(
         packing.masks,
         strict=True,
     )
+    if kernel == "sdpa":
+        run = _sdpa_or_tiles(run)
     seen = [run(module, q, k, v, mask, **kwargs)[0] for q, k, v, mask in rows if q.shape[2]]
     return (seen[0] if len(seen) == 1 else torch.cat(seen, 1)), None
+
+
+def _sdpa_or_tiles(sdpa: Callable) -> Callable:
+    def run(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+        if suits_tiles(query, key, mask, **kwargs):
+            return causal_attention(query, key, value, kwargs.get("scaling")), None
+        return sdpa(module, query, key, value, mask, **kwargs)
+
+    return run
 
 
 def _find_kernel(kernel: str, module: nn.Module) -> Callable:
