@@ -11,7 +11,7 @@ from line_chart import FAINT, INK, PAPER, RULE, ticks
 
 _BAR, _STEP, _TOP, _WIDTH, _GAP, _FOOT = 18, 26, 74, 400, 44, 60
 _TEXT, _TITLE = 13, 18
-_LETTER = 7.4  # widest mean width of a letter at `_TEXT`
+_LETTER = 7.8  # widest mean width of a letter at `_TEXT`
 
 Color = tuple[int, int, int]
 
