@@ -318,6 +318,11 @@ def test_the_flops_of_the_mlp_are_those_that_torch_counts(scripts, setting, name
 # The picture.
 
 
+def test_every_part_has_a_colour_of_its_own(scripts):
+    assert tuple(scripts.main.COLORS) == scripts.profiling.PARTS
+    assert len(set(scripts.main.COLORS.values())) == len(scripts.profiling.PARTS)
+
+
 def test_bars_are_as_long_as_their_pieces_and_marked_at_the_floor(scripts):
     bars = [scripts.bars.Bar("a <row>", {"one": 1.0, "two": 3.0}, 2.0), scripts.bars.Bar("b", {"two": 2.0})]
     svg = scripts.bars.draw_bars("title", "s", "floor", bars, {"one": (9, 9, 9), "two": (0, 0, 255), "none": (1, 1, 1)})
