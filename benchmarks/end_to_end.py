@@ -25,7 +25,7 @@ from encoding import QUESTION, STAGES, byte_tokenizer, time_elva
 from measuring import RESULTS, markdown_table, provenance, ratio, run_in_fresh_process, spread, write_results
 from numbered_clips import ClipSpec, describe_clip, make_clip
 from peers import SCHEDULES, merge_schedule
-from pipelines import Row, Scale, make_scale
+from pipelines import ModelSetting, Row, Scale, make_scale
 from random_elva import SIZES, make_model
 from table5_measuring import Stages
 from torch import Tensor, nn
@@ -39,21 +39,10 @@ STAGE_NAMES = ("decode", "resize", "patchify", "rest", "embed", "prefill")
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(ModelSetting):
     """How every row of a run is measured."""
 
-    size: str
-    device: str
-    dtype: str
-    attention: str
-    threads: int
-    processes: int
     merge_schedule: str
-
-    def make(self) -> Scale:
-        """The scale, after making this process like the others."""
-        torch.set_num_threads(self.threads)
-        return make_scale(self.size)
 
     @property
     def clip(self) -> ClipSpec:

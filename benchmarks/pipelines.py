@@ -1,4 +1,4 @@
-"""What `table5_efficiency.py` runs: the sizes, what a pipeline is, and ELVA's. The others are in `peers.py`."""
+"""What `table5_efficiency.py` runs: sizes, the common setting, what a pipeline is, and ELVA's. Others: `peers.py`."""
 
 from __future__ import annotations
 
@@ -94,6 +94,23 @@ def make_scale(name: str) -> Scale:
         qwen = replace(tower, gated=True, full_attention=(1,))
         return Scale(size, tower, tower, qwen, gemma_patch=2, gemma_window=64, matmul=64)
     return Scale(size, matmul=8192 if name == "7b" else 1024)
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """How every variant of a run is measured: what all scripts over models with random weights have in common."""
+
+    size: str
+    device: str
+    dtype: str
+    attention: str
+    threads: int
+    processes: int
+
+    def make(self) -> Scale:
+        """The scale, after making this process like the others."""
+        torch.set_num_threads(self.threads)
+        return make_scale(self.size)
 
 
 def seeded() -> torch.Generator:

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from measuring import RESULTS, Meter, markdown_table, provenance, ratio, run_in_fresh_process, spread, write_results
+from pipelines import ModelSetting, Row
 from random_elva import SIZES, Clip, Size, make_inputs, make_model, make_size
 from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, Qwen2Config
@@ -30,7 +31,6 @@ from elva_hf.decoder_elva import merge_step, mlp_in_chunks
 from elva_hf.frames_elva import count_frame_tokens
 
 Schedule = str | list[dict[str, Any]]
-Row = dict[str, Any]
 
 HEAD_DIM = 128  # of the single layer, as in Qwen2-1.5B
 BATCH_SIMILARITY = {"static": (0.95, 1.0), "slow": (0.5, 1.0), "mixed": (0.2, 1.0), "busy": (0.0, 0.6)}
@@ -38,21 +38,10 @@ BATCH_TEXT = (1, 2 / 3, 1 / 3, 1 / 6)  # text of each clip, as a share of the us
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(ModelSetting):
     """How every variant of a run is measured."""
 
-    size: str
-    device: str
-    dtype: str
-    attention: str
-    threads: int
     frames: int
-    processes: int
-
-    def make(self) -> Size:
-        """The model's size, after making this process like the others."""
-        torch.set_num_threads(self.threads)
-        return make_size(self.size)
 
     def model(self, size: Size) -> nn.Module:
         """The random model."""
@@ -94,7 +83,7 @@ def cache_figures(outputs: Any, inputs: dict[str, Tensor]) -> Row:
 
 def run_prefill(setting: Setting, schedule: Schedule, batches: list[list[Clip]]) -> Row:
     """Measure the first tokens of some batches, one after the other."""
-    size = setting.make()
+    size = setting.make().size
     model = setting.model(size)
     inputs = [setting.inputs(clips, size) for clips in batches]
     warm_up(setting, size, model, inputs, schedule)
@@ -123,7 +112,7 @@ def warm_up(
 @torch.no_grad()
 def run_left_padded(setting: Setting, schedule: Schedule, clips: list[Clip]) -> Row:
     """Measure what the same tokens cost in rows padded to the longest."""
-    size = setting.make()
+    size = setting.make().size
     model = setting.model(size)
     inputs = setting.inputs(clips, size)
     tokens = cache_figures(first_token(model, inputs, schedule), inputs)["tokens_per_layer"].tolist()
@@ -192,7 +181,7 @@ def metered_merge_steps(device: str) -> Iterator[list[Meter]]:
 
 def run_merge_share(setting: Setting, schedule: Schedule, clip: Clip) -> Row:
     """Measure how much of prefill the merge steps take: similarity, choice of pairs, means, compaction."""
-    size = setting.make()
+    size = setting.make().size
     model = setting.model(size)
     inputs = setting.inputs([clip], size)
     warm_up(setting, size, model, [inputs], schedule)
@@ -205,7 +194,7 @@ def run_merge_share(setting: Setting, schedule: Schedule, clip: Clip) -> Row:
 @torch.no_grad()
 def run_layer(setting: Setting, chunked: bool) -> Row:
     """Measure one decoder layer over a long row, with its MLP in chunks or not."""
-    hidden_size, intermediate_size, tokens = setting.make().mlp_shape
+    hidden_size, intermediate_size, tokens = setting.make().size.mlp_shape
     config = Qwen2Config(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -256,7 +245,7 @@ def summarise(rows: list[Row], base: list[Row]) -> Row:
 
 def compare_schedules(setting: Setting) -> list[Row]:
     """Each schedule with all frames high and with hybrid resolution, as ratios to no merging at high resolution."""
-    size = setting.make()
+    size = setting.make().size
     variants, labels = {}, {}
     for hybrid in (False, True):
         clip = Clip.of(size, setting.frames, hybrid=hybrid)
@@ -278,7 +267,7 @@ def unlike_clips(size: Size) -> list[Clip]:
 
 def compare_batches(setting: Setting) -> list[Row]:
     """A batch of unlike clips, and left padding, as ratios to the clips one at a time under the same schedule."""
-    clips = unlike_clips(setting.make())
+    clips = unlike_clips(setting.make().size)
     result = []
     for schedule in ("none", "paper"):
         rows = measure_rounds(
@@ -295,7 +284,7 @@ def compare_batches(setting: Setting) -> list[Row]:
 
 def share_of_merging(setting: Setting) -> list[Row]:
     """The merge steps' share of prefill under each schedule."""
-    size = setting.make()
+    size = setting.make().size
     clip = Clip.of(size, setting.frames)
     variants = {
         name: (run_merge_share, setting, schedule, clip) for name, schedule in schedules(size).items() if name != "none"
@@ -309,7 +298,7 @@ def share_of_merging(setting: Setting) -> list[Row]:
 
 def compare_mlp(setting: Setting) -> list[Row]:
     """One decoder layer with its MLP whole and in chunks, as ratios to the whole."""
-    shape = dict(zip(("hidden_size", "intermediate_size", "tokens"), setting.make().mlp_shape, strict=True))
+    shape = dict(zip(("hidden_size", "intermediate_size", "tokens"), setting.make().size.mlp_shape, strict=True))
     rows = measure_rounds(
         {"whole": (run_layer, setting, False), "in chunks": (run_layer, setting, True)}, setting.processes
     )

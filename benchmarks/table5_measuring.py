@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from measuring import Meter
 from peers import make_pipelines
-from pipelines import Pipeline, Row, Scale, make_scale
+from pipelines import ModelSetting, Pipeline, Row
 from prefill import metered_merge_steps
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -18,24 +18,13 @@ from transformers import StoppingCriteria
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(ModelSetting):
     """How every row of a run is measured."""
 
-    size: str
-    device: str
-    dtype: str
-    attention: str
-    threads: int
-    processes: int
     new_tokens: int
     batch_sizes: tuple[int, ...]
     batch_frames: tuple[int, ...]
     merge_schedule: str
-
-    def make(self) -> Scale:
-        """The scale, after making this process like the others."""
-        torch.set_num_threads(self.threads)
-        return make_scale(self.size)
 
     def pipelines(self) -> dict[str, Pipeline]:
         """Every row by its name."""

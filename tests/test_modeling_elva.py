@@ -30,7 +30,13 @@ from transformers.cache_utils import DynamicCache
 
 from elva_hf.configuration_elva import SPECIAL_TOKENS, ElvaConfig
 from elva_hf.errors_elva import CheckpointError, ConfigurationError, PlaceholderError
-from elva_hf.modeling_elva import ElvaForCausalLM, ElvaModel, add_special_tokens, turn_padding_left
+from elva_hf.modeling_elva import (
+    ElvaForCausalLM,
+    ElvaModel,
+    ElvaVideoFeatures,
+    add_special_tokens,
+    turn_padding_left,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -157,6 +163,22 @@ def test_features_instead_of_pixels(model):
     encoded = model.get_video_features(inputs["pixel_values_videos"])
     rest = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
     assert torch.equal(model(**rest, mm_encoder_outputs={"video": encoded}).logits, model(**inputs).logits)
+
+
+def test_features_may_come_in_pieces(model):
+    """So a caller who decodes frame by frame can embed while decoding; products of fewer rows round differently."""
+    inputs = batch_inputs(RAGGED)
+    patches, expected = inputs["pixel_values_videos"], model(**inputs).logits
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
+    cut = model.get_video_features(patches).last_hidden_state.split(4)
+    encoded = [model.get_video_features(piece).last_hidden_state for piece in patches.split(4)]
+    assert len(cut) == len(encoded) > 1
+    whole, apart = (
+        model(**rest, mm_encoder_outputs={"video": ElvaVideoFeatures(pooler_output=tuple(pieces))}).logits
+        for pieces in (cut, encoded)
+    )
+    assert torch.equal(whole, expected)
+    torch.testing.assert_close(apart, expected, **CLOSE)
 
 
 def test_video_features_come_apart_by_video(model):
