@@ -282,14 +282,14 @@ SIBLINGS = (
         "training/preference.py",
         "rewards = beta * (policy - reference)",
         "rewards = beta * policy",
-        (STAGES, "-k", "its_formula or that_of_trl"),
+        (STAGES, "-k", "its_formula"),
     ),
     Fault(
         "the other answer is preferred",
         "training/preference.py",
         "-F.logsigmoid(rewards[:, 0] - rewards[:, 1])",
         "-F.logsigmoid(rewards[:, 1] - rewards[:, 0])",
-        (STAGES, "-k", "its_formula or that_of_trl"),
+        (STAGES, "-k", "its_formula"),
     ),
     Fault(
         "stage 1 trains the tower",

@@ -12,6 +12,7 @@ import torch
 from elva_hf.architectures_elva import find_architecture
 from elva_hf.configuration_elva import VideoDecoderConfig
 from elva_hf.frames_elva import count_video_tokens
+from elva_hf.guidance_elva import check_frame_features
 from elva_hf.ledger_elva import plan_tokens
 from elva_hf.modeling_elva import LOSS_ROWS
 from elva_hf.training.building import PART_MODULES, freeze, guidance_fields, read_config, with_schedule
@@ -107,6 +108,8 @@ def plan_stage(stage: Stage, config: VideoDecoderConfig | None, num_processes: i
     steps = count_steps(stage, samples)
     if config is None:
         return StagePlan(stage, num_processes, accumulation, samples, steps, None, {}, 0, None, {})
+    if stage.guidance is not None:
+        check_frame_features(config.frame_layout)
     trained, frozen = count_parameters(stage, config)
     video = square_video(stage, config)
     tokens = count_video_tokens(video, layout=config.frame_layout)
@@ -140,10 +143,8 @@ def square_video(stage: Stage, config: VideoDecoderConfig) -> list[tuple[int, in
     given = stage.video.options
     edges = [given.get(name, getattr(config, name)) for name in ("longest_edge", "low_res_longest_edge")]
     high, low = map(config.square_grid, edges)
-    counts = [given.get(name, getattr(config, name)) for name in ("num_high_res_frames", "num_low_res_frames")]
-    if "num_frames" in given:
-        counts = [given["num_frames"], 0]
-    return [high] * counts[0] + [low] * counts[1]
+    num_high, num_low = config.frame_counts(given)
+    return [high] * num_high + [low] * num_low
 
 
 def count_parameters(stage: Stage, config: VideoDecoderConfig) -> tuple[dict[str, int], int]:
@@ -222,7 +223,10 @@ def _describe_video(stage: Stage, config: VideoDecoderConfig | None) -> str:
     options = stage.video.options
     if config is not None:
         options = {"longest_edge": config.longest_edge, **options}
-    return ", ".join(f"{name}={value:g}" for name, value in options.items()) or "the model's own frames"
+    return (
+        ", ".join(f"{name}={value if isinstance(value, bool) else f'{value:g}'}" for name, value in options.items())
+        or "the model's own frames"
+    )
 
 
 def _describe_losses(stage: Stage) -> str:
