@@ -86,7 +86,7 @@ def messages(folder, answer="red"):
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_checkpoint_answers_is_planned_and_is_checked_against_data(place, name):
     options = ("--model", place / name, "--device", "cpu", "--max-new-tokens", 2)
-    assert len(rows(succeeds("ask", place / "clip.mp4", QUESTION, "And now?", *options), "answer")) == 2
+    assert succeeds("ask", place / "clip.mp4", QUESTION, "And now?", *options).count("\nanswer ") == 2
     planned = succeeds("plan", place / "clip.mp4", "--model", place / name, "--merge-schedule", "table5")
     counted = AutoProcessor.from_pretrained(place / name).count_tokens(videos=str(place / "clip.mp4"))
     assert rows(planned, "tokens")[0].startswith(f"{counted.num_visual_tokens}: ")
@@ -132,13 +132,12 @@ def test_the_pixels_of_a_chunk_are_the_mean_of_its_frames():
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_lora_by_its_recipe_changes_the_answers_and_is_asked(place, name):
+def test_lora_by_its_recipe_is_trained_and_asked(place, name):
     out = place / "runs" / name
     changes = [f"model.path={place / name}", f"data.sources.clips.path={place / 'clips.json'}", f"output_dir={out}"]
     succeeds("train", "lora", *changes, *FEW, "training.learning_rate=1.0e-2")
     assert read_log(out)[-1]["step"] == 2
-    answered = succeeds("ask", place / "clip.mp4", QUESTION, "--model", out / "model", "--device", "cpu")
-    assert len(rows(answered, "answer")) == 1
+    assert "\nanswer " in succeeds("ask", place / "clip.mp4", QUESTION, "--model", out / "model", "--device", "cpu")
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # read by PEFT
@@ -196,20 +195,21 @@ def test_trls_own_trainer_learns_preferences_about_a_video(place, tmp_path):
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0] - 0.05
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_every_head_loads_in_a_process_that_did_not_import_the_package(place, name):
+def test_every_head_loads_in_a_process_that_did_not_import_the_package(place):
+    heads = ("Config", "Model", "ModelForCausalLM", "ModelForImageTextToText", "ModelForMultimodalLM", "Processor")
     code = f"""
 import transformers
-heads = ("Config", "Model", "ModelForCausalLM", "ModelForImageTextToText", "ModelForMultimodalLM", "Processor")
-for head in heads:
-    print(type(getattr(transformers, f"Auto{{head}}").from_pretrained({str(place / name)!r}, trust_remote_code=True)))
+for name in {list(SYSTEMS)}:
+    for head in {heads}:
+        auto = getattr(transformers, f"Auto{{head}}")
+        print(type(auto.from_pretrained({str(place)!r} + "/" + name, trust_remote_code=True)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    package = f"elva_hf.siblings.{name.replace('-', '_')}."
     ends = ("Config", "Model", *3 * ["ForCausalLM"], "Processor")
-    for line, end in zip(result.stdout.split("\n"), ends, strict=False):
-        assert package in line and line.endswith(f".{SYSTEMS[name]}{end}'>")
+    expected = [(name, end) for name in SYSTEMS for end in ends]
+    for line, (name, end) in zip(result.stdout.splitlines(), expected, strict=True):
+        assert f"elva_hf.siblings.{name.replace('-', '_')}." in line and line.endswith(f".{SYSTEMS[name]}{end}'>")
 
 
 @pytest.mark.parametrize("name", ["video_panda_tiny", "mavors_tiny"])
@@ -224,7 +224,7 @@ def test_the_toy_recipe_trains_and_its_checkpoint_answers(place, tmp_path, name)
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert any("patch_embed" in key for key in weights)
     options = ("--model", tmp_path / "run" / "model", "--device", "cpu")
-    assert len(rows(succeeds("ask", place / "clip.mp4", QUESTION, *options), "answer")) == 1
+    assert "\nanswer " in succeeds("ask", place / "clip.mp4", QUESTION, *options)
 
 
 # Plans and refusals -------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ SIBLINGS = (
     ),
     Fault(
         "LSTE does not start at zero",
-        _PANDA + "alignment_video_panda.py",
+        "embedding_elva.py",
         "        init.zeros_(self.weight)\n        init.zeros_(self.bias)\n",
         "        init.normal_(self.weight, std=config.initializer_range)\n        init.zeros_(self.bias)\n",
         (BLOCK, "-k", "lste_starts"),
