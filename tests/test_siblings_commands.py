@@ -137,6 +137,12 @@ def test_lora_by_its_recipe_is_trained_and_asked(place, name):
     changes = [f"model.path={place / name}", f"data.sources.clips.path={place / 'clips.json'}", f"output_dir={out}"]
     succeeds("train", "lora", *changes, *FEW, "training.learning_rate=1.0e-2")
     assert read_log(out)[-1]["step"] == 2
+    adapter, start = (
+        load_file(file) for file in (out / "model" / "adapter_model.safetensors", place / name / "model.safetensors")
+    )
+    own = {key.removeprefix("base_model.model."): weight for key, weight in adapter.items() if "patch_embed" in key}
+    assert own and any(not torch.equal(weight, start[key]) for key, weight in own.items())
+    assert any(weight.any() for key, weight in adapter.items() if "lora_B" in key)
     assert "\nanswer " in succeeds("ask", place / "clip.mp4", QUESTION, "--model", out / "model", "--device", "cpu")
 
 
