@@ -64,10 +64,10 @@ SIBLINGS = (
         (BLOCK, "-k", "quarter_short"),
     ),
     Fault(
-        "a window's patches in another order than LSTE's",
+        "LSTE sees each window on its side",
         _PANDA + "alignment_video_panda.py",
-        "clip = clip.unflatten(3, (cols, side)).unflatten(2, (rows, side)).transpose(3, 4)",
-        "clip = clip.unflatten(3, (cols, side)).unflatten(2, (rows, side)).permute(0, 1, 2, 4, 5, 3, 6)",
+        "clip = self.lste(clip.transpose(3, 4).flatten(2, 3)",
+        "clip = self.lste(clip.permute(0, 1, 2, 5, 3, 4, 6).flatten(2, 3)",
         (BLOCK, "-k", "is_its_equations"),
     ),
     Fault(
