@@ -92,6 +92,13 @@ SIBLINGS = (
         (BLOCK, "-k", "is_its_equations"),
     ),
     Fault(
+        "all frames give the latents the same tokens",
+        _PANDA + "alignment_video_panda.py",
+        "latents = self.downsampling(frames, rows * cols)",
+        "latents = self.downsampling(frames[:1].expand_as(frames), rows * cols)",
+        (BLOCK, "-k", "is_its_equations"),
+    ),
+    Fault(
         "the ledger forgets the row tokens",
         _PANDA + "configuration_video_panda.py",
         "specials = len(frames) + self.row_tokens * sum(rows for rows, _ in frames)",

@@ -174,12 +174,14 @@ def count_parameters(stage: Stage, config: VideoDecoderConfig) -> tuple[dict[str
 def estimate_bytes(
     stage: Stage, config: VideoDecoderConfig, trained: int, frozen: int, num_processes: int
 ) -> dict[str, int]:
-    """Estimated peak bytes on a GPU: weights, gradients, AdamW and activations of a micro-batch.
+    """Estimated peak bytes on a GPU: weights, gradients, AdamW and activations of a micro-batch; DPO's reference, too.
 
     Activations are those of square frames and a caption: what gradient checkpointing keeps of each layer and one layer
     in full, or all layers in full, and the rows of logits that the loss has at a time. Fragmentation, the teacher and
     buffers of communication come on top.
     """
+    if stage.preference is not None and stage.lora is None:
+        frozen += frozen + trained  # the reference is a copy of the model
     text, size = config.text_config, 2 if stage.training.bf16 else 4
     layers = plan_tokens([square_video(stage, config)], config, None, TEXT_TOKENS).layers
     rows = [stage.training.per_device_train_batch_size * layer.maximum for layer in layers]
