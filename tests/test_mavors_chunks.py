@@ -36,6 +36,9 @@ IMAGES = [  # width, height; columns, rows; thumbnail; sub-images; tokens (no ca
 ]
 
 
+SIZES = [(w, h) for w in range(200, 3001, 20) for h in range(200, 3001, 20) if max(w, h) <= 3 * min(w, h)]
+
+
 def fit(width, height):
     rows, columns = fit_size(height, width, image_size=384, multiple=28)
     return columns, rows
@@ -99,6 +102,26 @@ def test_ties_go_to_more_columns_for_wide_and_square_images_and_to_more_rows_for
     assert partition_image(1001, 1000, image_size=384) == (2, 3)
 
 
+def candidates(height, width):
+    """Of Eq. 8, from its definition: pairs of factors, and how far the aspect of each is from the image's."""
+    ideal = height * width // 384**2
+    counts = range(max(1, ideal - 1), ideal + 2)
+    pairs = [(m, count // m) for count in counts for m in range(1, count + 1) if count % m == 0]
+    return {(m, n): abs(math.log(width / height) - math.log(m / n)) for m, n in pairs}
+
+
+def test_partitions_are_those_of_the_definition_and_ties_are_as_many_as_counted():
+    ties = 0
+    for width, height in SIZES:
+        distances = candidates(height, width)
+        least = min(distances.values())
+        best = [pair for pair, distance in distances.items() if distance < least + 1e-9]
+        chosen = partition_image(height, width, image_size=384)
+        assert chosen == max(best, key=lambda pair: pair[0] if width >= height else pair[1])
+        ties += len(best) > 1
+    assert ties == 95
+
+
 def test_the_partition_of_an_image_on_its_side_is_on_its_side():
     for width in range(200, 3000, 130):
         for height in range(200, 3000, 170):
@@ -108,10 +131,9 @@ def test_the_partition_of_an_image_on_its_side_is_on_its_side():
 
 
 def test_the_counts_over_many_sizes_are_those_measured_from_the_formula():
-    sizes = [(w, h) for w in range(200, 3001, 20) for h in range(200, 3001, 20) if max(w, h) <= 3 * min(w, h)]
-    assert len(sizes) == 14961
-    small = [size for size in sizes if math.prod(size) < 384**2]
-    whole = [size for size in sizes if partition_image(size[1], size[0], image_size=384) == (1, 1)]
+    assert len(SIZES) == 14961
+    small = [size for size in SIZES if math.prod(size) < 384**2]
+    whole = [size for size in SIZES if partition_image(size[1], size[0], image_size=384) == (1, 1)]
     assert (len(small), len(whole) - len(small)) == (228, 256)
     assert set(small) <= set(whole)
 

@@ -18,7 +18,7 @@ from mavors_models import (
 )
 from merging_cases import assert_exact, in_double
 from tiny_elva import batch, with_pixels, words
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
 from elva_hf.decoder_elva import PackedTokens, drop_merged
 from elva_hf.errors_elva import ConfigurationError, PlaceholderError
@@ -27,7 +27,7 @@ from elva_hf.packing_elva import BatchLayout
 from elva_hf.siblings.mavors import vision_mavors
 from elva_hf.siblings.mavors.chunks_mavors import POSITION_UNIT
 from elva_hf.siblings.mavors.configuration_mavors import MavorsConfig
-from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM
+from elva_hf.siblings.mavors.modeling_mavors import MavorsForCausalLM, MavorsModel
 from elva_hf.siblings.mavors.rows_mavors import DIGITS, HEADER, header, read_positions
 
 LAYERS = {"num_hidden_layers": 4}
@@ -325,11 +325,15 @@ def test_a_batch_of_text_leaves_a_gradient_of_zero_at_every_weight():
 def test_saved_and_loaded_it_is_the_same(tmp_path):
     model = mavors_model(chunk_similarity_threshold=0.9, max_sub_images=None)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert type(loaded) is MavorsForCausalLM
+    for head in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+        loaded, info = head.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is MavorsForCausalLM and not any(info.values())
     assert loaded.config.max_sub_images is None
     inputs = batch_inputs(SAMPLES)
-    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(base) is MavorsModel
+    assert torch.equal(base(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
 
 
 def test_the_attention_of_the_tower_is_the_one_asked_for():

@@ -191,10 +191,18 @@ def test_flops_of_the_ledger_are_those_that_torch_counts(processor):
 
 
 @torch.no_grad()
-def test_60_chunks_run(model, processor):
-    out = processor(text="<video>?", videos=draw(240, 32, 32), num_frames=240, max_chunks=60, return_tensors="pt")
-    assert len(out["input_ids"][0]) == 60 * 16 + 3
-    assert model(**out).logits.shape[1] == 60 * 16 + 3
+def test_60_chunks_of_16_frames_run():
+    processor = MavorsProcessor.from_tokenizer(byte_tokenizer(), **{**OPTIONS, "chunk_frames": 16})
+    ids = {name: getattr(processor, name) for name in TOKEN_ID_FIELDS}
+    text = {"vocab_size": len(processor.tokenizer), "max_position_embeddings": 2048}
+    model = MavorsForCausalLM(mavors_config(text=text, chunk_frames=16, **ids)).eval()
+    out = processor(text="<video>?", videos=draw(960, 16, 16), num_frames=960, return_tensors="pt")
+    assert len(out["pixel_values_videos"]) == 960 * 4
+    assert len(read_positions(out["pixel_values_videos"]).unique()) == 60
+    assert len(out["input_ids"][0]) == 60 * 4 + 3
+    logits = model(**out).logits
+    assert logits.shape[1] == 60 * 4 + 3
+    assert logits.isfinite().all()
 
 
 def test_a_budget_takes_fewer_frames(processor):

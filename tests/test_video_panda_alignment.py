@@ -157,6 +157,19 @@ def downsample_in_a_loop(model, encoded, rows, cols):
     return tokens
 
 
+def resample_in_a_loop(model, encoded, rows, cols):
+    """The latents of each frame `(T, h, w, d)`, one at a time, over all its patches."""
+    block, tokens = model.model.patch_embed.downsampling, []
+    for frame in encoded:
+        latents = block.latents[: rows * cols]
+        for layer in block.layers:
+            seen = [attend(layer["attention"], latent, frame.flatten(0, 1)) for latent in latents]
+            latents = latents + torch.stack(seen)
+            latents = latents + layer["mlp"](latents)
+        tokens.append(latents.view(rows, cols, -1))
+    return torch.stack(tokens)
+
+
 def context_in_a_loop(block, frame, video):
     """Eqs. 8-10 and 14 for one frame."""
     context = video
@@ -179,7 +192,8 @@ def embed_one_video(model, patches, num_frames, rows, cols):
     if before:
         encoded = downsample_in_a_loop(model, encoded, rows, cols)
     encoded = encoded if block.lste is None else encode_in_a_loop(block.lste, encoded)
-    tokens = encoded if before else downsample_in_a_loop(model, encoded, rows, cols)
+    downsample = resample_in_a_loop if model.config.downsampling == "perceiver" else downsample_in_a_loop
+    tokens = encoded if before else downsample(model, encoded, rows, cols)
     video = None
     if block.gstra is not None:
         video = attend(block.gstra.attention, block.gstra.query, encoded.flatten(0, 2))
@@ -193,7 +207,7 @@ def embed_one_video(model, patches, num_frames, rows, cols):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "perceiver"])
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_frames", [1, 2, 5])
 def test_the_block_is_its_equations(variant, num_frames):
     model = double_panda(variant)

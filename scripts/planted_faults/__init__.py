@@ -8,7 +8,19 @@ from .merging import MERGING
 from .orders import ORDERS
 from .recipes import RECIPES
 from .running import RUNNING
+from .siblings import SIBLINGS
 from .teaching import TEACHING
 from .toy import TOY
 
-FAULTS: tuple[Fault, ...] = (*MERGING, *DECODING, *LOSS_TERMS, *TEACHING, *RUNNING, *RECIPES, *DATA, *ORDERS, *TOY)
+FAULTS: tuple[Fault, ...] = (
+    *MERGING,
+    *DECODING,
+    *LOSS_TERMS,
+    *TEACHING,
+    *RUNNING,
+    *RECIPES,
+    *DATA,
+    *ORDERS,
+    *SIBLINGS,
+    *TOY,
+)

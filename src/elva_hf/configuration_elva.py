@@ -207,6 +207,14 @@ class VideoDecoderConfig(PreTrainedConfig):
         side = longest_edge // self.patch_size
         return side, side
 
+    def frame_counts(self, options: Mapping[str, Any]) -> tuple[int, int]:
+        """High- and low-resolution frames of a long video that is read with these options of a processor."""
+        if "num_frames" in options:
+            return options["num_frames"], 0
+        names = ("num_high_res_frames", "num_low_res_frames")
+        high, low = (options.get(name, getattr(self, name)) for name in names)
+        return high, low
+
     @property
     def frame_layout(self) -> FrameLayout:
         """Which tokens a frame has beside its patches."""

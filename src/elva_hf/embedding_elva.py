@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .configuration_elva import ElvaConfig
+from .configuration_elva import ElvaConfig, VideoDecoderConfig
 from .geometry_elva import VisualGeometry
 
 
@@ -49,6 +49,15 @@ def segment_attention(query: Tensor, keys: Tensor, values: Tensor, segments: Ten
     scores = torch.einsum("phd,hd->ph", keys.to(wide), query.to(wide)) * query.shape[-1] ** -0.5
     weighted = values.to(wide) * segment_softmax(scores, segments, num_segments)[..., None]
     return weighted.new_zeros(num_segments, *values.shape[1:]).index_add(0, segments, weighted).to(values.dtype)
+
+
+class ZeroLinear(nn.Linear):
+    """A linear map that starts at zero; transformers asks only modules with parameters of their own how they start."""
+
+    def reset_own_parameters(self, config: VideoDecoderConfig) -> None:
+        """Set it to zero."""
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
 
 
 class ElvaCrossAttention(nn.Module):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .configuration_elva import VideoDecoderConfig
+from .errors_elva import ConfigurationError
+from .layout_elva import FrameLayout
 
 MAX_LOGIT_SCALE = 100.0
 """Ceiling of Eq. 3's tau, as in CLIP."""
@@ -56,6 +58,19 @@ class ElvaGuidance(nn.Module):
             `(P, W)`, `(F, W)` and `(1,)` tau; None for what a missing head would give.
         """
         return _run(self.tube_head, patches), _run(self.frame_head, frames), self.scale
+
+
+def check_frame_features(layout: FrameLayout) -> None:
+    """Refuse a teacher, which looks at frames, for a model whose tokens stand for chunks of them.
+
+    Raises:
+        ConfigurationError: Such a model's layout.
+    """
+    if layout.chunk_size > 1:
+        raise ConfigurationError(
+            f"a teacher has features of frames, and a token of this model stands for {layout.chunk_size} of them: "
+            "train without guidance (guidance: null in a recipe)."
+        )
 
 
 def task_head(hidden_size: int, width: int) -> nn.Sequential:

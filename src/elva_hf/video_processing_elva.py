@@ -232,6 +232,10 @@ class ElvaVideoProcessor(VideoProcessorMixin):
             taken.append(sampled)
         return patches if filled == len(patches) else patches[:filled].clone(), taken
 
+    def pixels_of_tokens(self, rows: Tensor) -> Tensor:
+        """From rows of `pixel_values_videos`, `(P, 3 * patch_size**2)`: the normalised pixels of each visual token."""
+        return rows
+
     def rows_of(self, video: OpenVideo, sampled: SampledVideo) -> tuple[int, int]:
         """Shape of the rows of `pixel_values_videos` that stand for a video."""
         return sampled.num_patches, 3 * video.options.patch_size**2

@@ -1,11 +1,14 @@
 """Pictures of hand-made merge maps: every patch in its place, every colour and number what the map says."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from elva_hf.errors_elva import ElvaError
+from elva_hf.layout_elva import FrameLayout
 from elva_hf.merging_elva import MergeMap
 from elva_hf.video_processing_elva import normalize, patchify
 from elva_hf.viz import merging as viz
@@ -81,6 +84,20 @@ def test_fates_of_a_step_and_of_a_sample():
 
     assert [num_kept(step, sample) for sample in (0, 1) for step in (0, 1)] == [21, 18, 18, 17]
     assert [viz.read_fates(both, GRIDS, step)[4].sizes[1, 2] for step in (0, 1)] == [1, 3]
+
+
+@pytest.mark.parametrize("flags", itertools.product((True, False), repeat=2))
+def test_fates_are_the_same_however_a_frame_is_written(flags):
+    layout, grids = FrameLayout(*flags), 3 * [(2, 3)]
+    patches = {".", *("F" * (not layout.frame_token)), *("L" * (not layout.line_token))}
+    written = [(frame, letter) for frame, grid in enumerate(grids) for letter in layout.write(grid, "F", "L", ".")]
+    places = [i for i, (_, letter) in enumerate(written) if letter in patches]
+    survivors = torch.arange(len(written))
+    survivors[places[5]] = survivors[places[11]] = places[17]  # the last patch of each frame
+    one = MergeMap((1,), (survivors[None],), torch.tensor([[frame for frame, _ in written]]))
+    fates = viz.read_fates(one, grids, layout=layout)
+    assert [fate.sizes.tolist() for fate in fates] == 3 * [[[1, 1, 1], [1, 1, 3]]]
+    assert [fate.shifts[1, 2] for fate in fates] == [2, 1, 0] and fates[0].kept.sum() == 5
 
 
 def test_the_grids_of_another_video_are_refused():

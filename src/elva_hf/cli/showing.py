@@ -94,7 +94,8 @@ def encode(
     room = Room(limit, 0 if question is None else loading.MAX_NEW_TOKENS)
     encoded = encode_request(processor, request, {**options, "return_metadata": True}, room)
     (sampled,), values = encoded["video_metadata"], processor.video_processor.resolve_options(**options)
-    frames = restore_frames(encoded["pixel_values_videos"], sampled.grids, values.image_mean, values.image_std)
+    pixels = processor.video_processor.pixels_of_tokens(encoded["pixel_values_videos"])
+    frames = restore_frames(pixels, shown_grids(sampled), values.image_mean, values.image_std)
     return {**encoded, "requests": [request], "frames": frames}
 
 
@@ -138,9 +139,10 @@ def build_view(
     """Put together what a picture shows of merge step `number`, counted from 0."""
     from elva_hf.viz.merging import MergeView, read_fates
 
+    step = merge_map.layers.index(schedule.steps[number].layer)  # a model may have merged before its decoder
     return MergeView(
         frames=frames,
-        fates=read_fates(merge_map, sampled.grids, number),
+        fates=read_fates(merge_map, shown_grids(sampled), step, layout=sampled.layout),
         captions=_captions(sampled),
         layer_tokens=layer_tokens,
         steps={step.layer: _describe(step, schedule) for step in schedule.steps},
@@ -205,8 +207,15 @@ def _answer(pipe: ElvaPipeline, inputs: dict[str, Any], schedule: MergeSchedule)
     return record["generated_text"]
 
 
+def shown_grids(sampled: SampledVideo) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of tokens of each picture: of a frame, or of a chunk of frames."""
+    return sampled.grids[:: sampled.layout.chunk_size]
+
+
 def _captions(sampled: SampledVideo) -> list[str]:
-    return [f"{time:.2f} s" for time in sampled.times] if sampled.times else [""] * sampled.num_frames
+    """Time of each picture, of a chunk that of its first frame."""
+    count, times = len(shown_grids(sampled)), (sampled.times or ())[:: sampled.layout.chunk_size]
+    return [f"{time:.2f} s" for time in times] if len(times) == count else [""] * count
 
 
 def _describe(step: MergeStep, schedule: MergeSchedule) -> str:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer
 from elva_hf.architectures_elva import ARCHITECTURES, Architecture, find_architecture
 from elva_hf.configuration_elva import VideoDecoderConfig
 from elva_hf.errors_elva import CheckpointError, ConfigurationError, ElvaError
+from elva_hf.guidance_elva import check_frame_features
 from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.lora import add_lora, load_kwargs
@@ -142,6 +143,8 @@ def build_model(stage: Stage, processor: ElvaProcessor, teacher_width: int | Non
         model.set_merge_schedule(section.merge_schedule)
     for name in ("longest_edge", "low_res_longest_edge"):
         setattr(model.config, name, getattr(processor.video_processor, name))
+    if stage.guidance is not None:
+        check_frame_features(model.config.frame_layout)
     model.set_guidance(guidance_fields(stage.guidance, teacher_width))
     if stage.lora is not None:
         return add_lora(model, stage.lora, processor.tokenizer)

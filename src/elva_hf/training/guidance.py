@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.geometry_elva import VisualGeometry
+from elva_hf.guidance_elva import check_frame_features
 from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training.components import ComponentMeans, world_size
 from elva_hf.training.distillation import distillation_loss
@@ -171,6 +172,8 @@ class GuidanceHook:
         if self._student.guidance is None:
             raise ConfigurationError("config.guidance is set, but the model has no heads; use model.set_guidance.")
         width = guidance["teacher_width"]
+        if self.teacher is not None:
+            check_frame_features(self._student.config.frame_layout)
         if self.teacher is not None and self.teacher.spec.width != width:
             raise ConfigurationError(
                 f"the teacher's features are {self.teacher.spec.width} wide, but config.guidance has "

@@ -12,6 +12,7 @@ import torch
 from elva_hf.architectures_elva import find_architecture
 from elva_hf.configuration_elva import VideoDecoderConfig
 from elva_hf.frames_elva import count_video_tokens
+from elva_hf.guidance_elva import check_frame_features
 from elva_hf.ledger_elva import plan_tokens
 from elva_hf.modeling_elva import LOSS_ROWS
 from elva_hf.training.building import PART_MODULES, freeze, guidance_fields, read_config, with_schedule
@@ -107,6 +108,8 @@ def plan_stage(stage: Stage, config: VideoDecoderConfig | None, num_processes: i
     steps = count_steps(stage, samples)
     if config is None:
         return StagePlan(stage, num_processes, accumulation, samples, steps, None, {}, 0, None, {})
+    if stage.guidance is not None:
+        check_frame_features(config.frame_layout)
     trained, frozen = count_parameters(stage, config)
     video = square_video(stage, config)
     tokens = count_video_tokens(video, layout=config.frame_layout)
@@ -140,10 +143,8 @@ def square_video(stage: Stage, config: VideoDecoderConfig) -> list[tuple[int, in
     given = stage.video.options
     edges = [given.get(name, getattr(config, name)) for name in ("longest_edge", "low_res_longest_edge")]
     high, low = map(config.square_grid, edges)
-    counts = [given.get(name, getattr(config, name)) for name in ("num_high_res_frames", "num_low_res_frames")]
-    if "num_frames" in given:
-        counts = [given["num_frames"], 0]
-    return [high] * counts[0] + [low] * counts[1]
+    num_high, num_low = config.frame_counts(given)
+    return [high] * num_high + [low] * num_low
 
 
 def count_parameters(stage: Stage, config: VideoDecoderConfig) -> tuple[dict[str, int], int]:
@@ -173,12 +174,14 @@ def count_parameters(stage: Stage, config: VideoDecoderConfig) -> tuple[dict[str
 def estimate_bytes(
     stage: Stage, config: VideoDecoderConfig, trained: int, frozen: int, num_processes: int
 ) -> dict[str, int]:
-    """Estimated peak bytes on a GPU: weights, gradients, AdamW and activations of a micro-batch.
+    """Estimated peak bytes on a GPU: weights, gradients, AdamW and activations of a micro-batch; DPO's reference, too.
 
     Activations are those of square frames and a caption: what gradient checkpointing keeps of each layer and one layer
     in full, or all layers in full, and the rows of logits that the loss has at a time. Fragmentation, the teacher and
     buffers of communication come on top.
     """
+    if stage.preference is not None and stage.lora is None:
+        frozen += frozen + trained  # the reference is a copy of the model
     text, size = config.text_config, 2 if stage.training.bf16 else 4
     layers = plan_tokens([square_video(stage, config)], config, None, TEXT_TOKENS).layers
     rows = [stage.training.per_device_train_batch_size * layer.maximum for layer in layers]
@@ -222,7 +225,10 @@ def _describe_video(stage: Stage, config: VideoDecoderConfig | None) -> str:
     options = stage.video.options
     if config is not None:
         options = {"longest_edge": config.longest_edge, **options}
-    return ", ".join(f"{name}={value:g}" for name, value in options.items()) or "the model's own frames"
+    return (
+        ", ".join(f"{name}={value if isinstance(value, bool) else f'{value:g}'}" for name, value in options.items())
+        or "the model's own frames"
+    )
 
 
 def _describe_losses(stage: Stage) -> str:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from elva_hf.data.datasets import BAD, BadSamples, describe_row
 from elva_hf.data.encoding import encode_row
+from elva_hf.guidance_elva import check_frame_features
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.teacher import VisualTeacher, denormalize, summarize, unpatchify
 from elva_hf.training.teacher_cache import TeacherCacheWriter, content_key
@@ -77,6 +78,7 @@ class RowsToTeach(Dataset):
         bad_samples: BadSamples,
         **options: Any,
     ):
+        check_frame_features(processor.video_processor.layout)
         self.rows, self.indices, self.processor = rows, indices, processor
         self.bad_samples, self.options = bad_samples, options
 

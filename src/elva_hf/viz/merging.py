@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from elva_hf.errors_elva import ElvaError
+from elva_hf.frames_elva import FULL_LAYOUT
+from elva_hf.layout_elva import FrameLayout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,14 +99,21 @@ class MergeView:
         return f"{self.num_kept} of {self.num_patches} patches left ({share:.0%}) after the merge at layer {self.layer}"
 
 
-def read_fates(merge_map: MergeMap, grids: Sequence[tuple[int, int]], step: int = -1, sample: int = 0) -> list:
+def read_fates(
+    merge_map: MergeMap,
+    grids: Sequence[tuple[int, int]],
+    step: int = -1,
+    sample: int = 0,
+    layout: FrameLayout = FULL_LAYOUT,
+) -> list:
     """What became of every patch of a sample, as `PatchFates` per frame.
 
     Args:
         merge_map: What `output_merge_map=True` returns.
-        grids: Per frame of the sample, rows and columns of patches.
+        grids: Per frame of the sample, or per chunk of frames, rows and columns of patches.
         step: Which merge step, as an index into `merge_map.layers`.
         sample: Row of the batch.
+        layout: How a frame is written in tokens.
 
     Raises:
         ElvaError: The merge map is of other frames.
@@ -112,7 +121,7 @@ def read_fates(merge_map: MergeMap, grids: Sequence[tuple[int, int]], step: int 
     frames = merge_map.frame_index
     frames = frames[sample].cpu() if frames is not None else None
     counts = [] if frames is None else frames[frames >= 0].bincount().tolist()
-    expected = [rows * (columns + 1) + 1 for rows, columns in grids]
+    expected = [layout.count(grid) for grid in grids]
     if counts != expected:
         raise ElvaError(
             f"the merge map has frames of {counts} tokens, and the grids make {expected}; give its own grids."
@@ -121,7 +130,8 @@ def read_fates(merge_map: MergeMap, grids: Sequence[tuple[int, int]], step: int 
     fates = []
     for number, (rows, columns) in enumerate(grids):
         tokens = (frames == number).nonzero().squeeze(1)
-        heirs = survivors[tokens[1:].view(rows, columns + 1)[:, :columns]]  # without <FRAME> and the <LINE> of each row
+        places = tokens[int(layout.frame_token) :].view(rows, columns + layout.line_token)[:, :columns]
+        heirs = survivors[places]  # without the <FRAME> and the <LINE> of each row, where these are no patches
         fates.append(PatchFates(sizes[heirs].numpy(), (frames[heirs] - number).numpy()))
     return fates
 

@@ -12,10 +12,11 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, SiglipVisionConfig
-from transformers import initialization as init
+from transformers import SiglipVisionConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
+
+from elva_hf.embedding_elva import ZeroLinear
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,6 @@ def _attend_by_chunk(query: Tensor, key: Tensor, value: Tensor, layout: ChunkLay
             seen.append(out[0].transpose(0, 1))
         start = end
     return torch.cat(seen)
-
-
-class ZeroLinear(nn.Linear):
-    """A linear map that starts at zero."""
-
-    def reset_own_parameters(self, config: PreTrainedConfig) -> None:
-        """Set it to zero."""
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
 
 
 class MavorsAttention(nn.Module):

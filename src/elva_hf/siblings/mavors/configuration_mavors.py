@@ -2,7 +2,7 @@
 
 # No `from __future__ import annotations` here: @strict does not check a type that is a string.
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -133,6 +133,11 @@ class MavorsConfig(VideoDecoderConfig):
         edge = min(longest_edge, self.vision_config.image_size)
         sides = fit_size(edge, edge, image_size=edge, multiple=self.patch_size)
         return sides[0] // self.patch_size, sides[1] // self.patch_size
+
+    def frame_counts(self, options: Mapping[str, Any]) -> tuple[int, int]:
+        """Frames of the most chunks that a video may have, or as many of them as are asked for."""
+        most = options.get("max_chunks", self.max_chunks) * self.chunk_frames
+        return min(options.get("num_frames", most), most), 0
 
     @property
     def frame_layout(self) -> FrameLayout:

@@ -21,7 +21,7 @@ from elva_hf.options_elva import ElvaVideosKwargs, FrameOptions, check_flag, che
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.sampled_elva import OpenVideo, SampledVideo
 from elva_hf.siblings.mavors.chunks_mavors import Box, fit_size, image_boxes, place_chunks, playback_stride
-from elva_hf.siblings.mavors.rows_mavors import HEADER, MAX_CHUNK_FRAMES, header
+from elva_hf.siblings.mavors.rows_mavors import HEADER, MAX_CHUNK_FRAMES, average_frames, header
 from elva_hf.source_elva import VideoInfo, VideoSource
 from elva_hf.video_processing_elva import COUNT_FIELDS, ElvaVideoProcessor, write_patches
 
@@ -228,6 +228,10 @@ class MavorsVideoProcessor(ElvaVideoProcessor):
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, which leaves out what is None; here that means no limit."""
         return {**super().to_dict(), "max_sub_images": self.max_sub_images}
+
+    def pixels_of_tokens(self, rows: Tensor) -> Tensor:
+        """The mean of each chunk's frames; see `average_frames`."""
+        return average_frames(rows)
 
     def rows_of(self, video: OpenVideo, sampled: SampledVideo) -> tuple[int, int]:
         """Shape of the rows of `pixel_values_videos` that stand for a video; see `rows_mavors`."""

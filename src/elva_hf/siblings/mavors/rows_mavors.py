@@ -57,6 +57,22 @@ def arrange_rows(pixels: Tensor, chunk_frames: int, positions: Sequence[int]) ->
     return torch.cat(rows)
 
 
+def average_frames(rows: Tensor) -> Tensor:
+    """Average the pixels of each token over the frames of its chunk: what an inflated tower sees of it.
+
+    Args:
+        rows: `(R, 3 * s * s + HEADER)`.
+
+    Returns:
+        `(n, 3 * s * s)`.
+
+    Raises:
+        PlaceholderError: As `find_tokens`.
+    """
+    _, counts = find_tokens(read_frames(rows))
+    return torch.stack([token.mean(0) for token in rows[:, :-HEADER].split(counts.tolist())])
+
+
 def read_frames(rows: Tensor) -> Tensor:
     """Number of each row's frame, `(R,)` int64 on the host."""
     return rows[:, -HEADER].cpu().long()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from elva_hf.embedding_elva import segment_attention
+from elva_hf.embedding_elva import ZeroLinear, segment_attention
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.geometry_elva import VisualGeometry
 from elva_hf.siblings.video_panda.configuration_video_panda import VideoPandaConfig
@@ -97,15 +97,6 @@ class StabAttention(nn.Module):
         """Queries `(F, n, d)` over the keys `(F, m, d)` of their frame: `(F, n, d)`."""
         parts = (part.transpose(1, 2) for part in self.project(queries, keys))
         return self.o_proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
-
-
-class ZeroLinear(nn.Linear):
-    """A linear map that starts at zero; transformers asks only modules with parameters of their own how they start."""
-
-    def reset_own_parameters(self, config: VideoPandaConfig) -> None:
-        """Set it to zero."""
-        init.zeros_(self.weight)
-        init.zeros_(self.bias)
 
 
 class LocalSpatioTemporalEncoding(nn.Module):
