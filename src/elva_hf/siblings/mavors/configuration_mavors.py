@@ -220,6 +220,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patch_size": 16,
         "chunk_frames": 4,
         "longest_edge": 256,
+        "initializer_range": 0.1,  # 1 / sqrt(width); 0.02 suits widths of some thousand
         "low_res_longest_edge": 32,
         **{name: ELVA_PRESETS["tiny"][name] for name in TOKEN_ID_FIELDS},
     },

@@ -233,6 +233,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stab_dim": 96,
         "stab_num_heads": 4,
         "low_res_longest_edge": 32,
+        "initializer_range": 0.1,  # 1 / sqrt(width); 0.02 suits widths of some thousand
     },
 }
 
