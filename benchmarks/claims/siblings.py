@@ -10,8 +10,8 @@ POSITIONS = {"patch_embed_positions": 8, "patch_embed_positions_std": 2.0}
 """What the patch embedding of that recipe has; both siblings tell places apart by themselves."""
 
 INITIALIZER_RANGE = 0.1
-"""1 / sqrt(width) of what stands before the decoder, and what the tiny presets of both siblings have. With the usual 0.02
-Video-Panda, with six maps in series, knows no colour after 400 steps (docs/LOG.md)."""
+"""1 / sqrt(width) of what stands before the decoder, and what the tiny presets of both siblings have. With the usual
+0.02 Video-Panda, with six maps in series, knows no colour after 400 steps (docs/LOG.md)."""
 
 GUIDANCE = {"tube_weight": 1.0, "frame_weight": 0.0}
 
