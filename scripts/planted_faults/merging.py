@@ -14,7 +14,7 @@ MERGING = (
     # those the design lists
     Fault(
         "positions renumbered after a merge",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "rotary=tuple(part[:, kept] for part in tokens.rotary)",
         "rotary=tuple(part[:, : len(kept)] for part in tokens.rotary)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),
@@ -157,14 +157,14 @@ MERGING = (
     ),
     Fault(
         "the first of a run survives",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "find_survivors(merge, links, schedule.survivor)",
         'find_survivors(merge, links, "first")',
         (EXACTNESS, "-k", "alone_is_its_oracle"),
     ),
     Fault(
         "the last of a run survives, whatever is asked",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "find_survivors(merge, links, schedule.survivor)",
         "find_survivors(merge, links)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),
@@ -178,7 +178,7 @@ MERGING = (
     ),
     Fault(
         "merged tokens read themselves at the end",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "now=places[tokens.now]",
         "now=torch.arange(len(tokens.now), device=kept.device).clamp(max=len(kept) - 1)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),
@@ -192,7 +192,7 @@ MERGING = (
     ),
     Fault(
         "what has merged is not given back at the input's length",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "merged = state.now is not state.origins",
         "merged = len(state.now) == len(state.origins)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),

@@ -22,20 +22,11 @@ from transformers.cache_utils import Cache
 from .attention_elva import Packing, attention_config, causal_mask
 from .cache_elva import ElvaCache, adopt_cache
 from .errors_elva import ConfigurationError
-from .fusion_elva import merge_tokens, similarity_to_next
 from .geometry_elva import to_host
-from .merging_elva import (
-    InputMerge,
-    MergeMap,
-    Tubes,
-    count_removals,
-    find_survivors,
-    link_tubes,
-    merge_above,
-    merge_most_similar,
-)
+from .merging_elva import InputMerge, MergeMap, Tubes
 from .packing_elva import BatchLayout, PackedCache
-from .schedule_elva import MergeSchedule, MergeStep
+from .schedule_elva import MergeSchedule
+from .tokens_elva import PackedTokens, drop_merged, merge_step, pack_tokens, restore, survivor_columns
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral")
 """Decoders that are embedding, rotary positions, layers and a final norm, and nothing else."""
@@ -87,110 +78,6 @@ def check_window(config: PreTrainedConfig, length: int) -> None:
             f"{length} tokens, but this {config.model_type} decoder has layers that see {window} tokens back, and "
             "merged tokens cannot be counted in such a window. Take fewer or smaller frames, or merge_schedule='none'."
         )
-
-
-@dataclass(frozen=True)
-class PackedTokens:
-    """The tokens of a batch between two layers.
-
-    Args:
-        hidden: `(n, D)`.
-        rotary: Cosines and sines, each `(1, n, head_dim)`; survivors keep the positions they had.
-        tubes: `(n,)` tube of each token.
-        groups: `(n,)` ratio group of each patch, -1 elsewhere.
-        sizes: `(n,)` input tokens each token stands for.
-        origins: `(n,)` index each token had in the packed input.
-        now: `(n_input,)` where each token of the packed input, or what stands for it, is now.
-        lengths: Tokens of each sample.
-        patches: Patches of each group.
-    """
-
-    hidden: Tensor
-    rotary: tuple[Tensor, Tensor]
-    tubes: Tensor | None
-    groups: Tensor | None
-    sizes: Tensor | None
-    origins: Tensor
-    now: Tensor
-    lengths: list[int]
-    patches: list[int]
-
-
-def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, tubes: Tubes) -> PackedTokens:
-    """Merge once; a threshold waits once for the device, a ratio never.
-
-    Args:
-        tokens: Before the merge.
-        step: Threshold or ratio.
-        schedule: Where `ratio_of` and `survivor` are taken from.
-        tubes: The host's knowledge of the groups.
-    """
-    links = link_tubes(tokens.tubes)
-    similarity = similarity_to_next(tokens.hidden.detach(), links)
-    groups = tokens.groups[links.order]
-    if step.similarity_threshold is not None:
-        merge = merge_above(similarity, step.similarity_threshold)
-        found = torch.zeros(len(tubes.patches) + 1, dtype=torch.long, device=merge.device)
-        removals = to_host(found.index_add(0, groups + 1, merge.long()))[1:].tolist()
-    else:
-        removals = count_removals(tokens.patches, tubes.patches, tubes.floors, step.target_ratio, schedule.ratio_of)
-        budget = torch.tensor(removals).to(tokens.hidden.device, non_blocking=True)
-        merge = merge_most_similar(similarity, groups, budget)
-    if not any(removals):
-        return tokens
-    lengths = list(tokens.lengths)
-    for sample, count in zip(tubes.samples, removals, strict=True):
-        lengths[sample] -= count
-    survivors = find_survivors(merge, links, schedule.survivor)
-    hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths), links)
-    return PackedTokens(
-        hidden=hidden,
-        rotary=tuple(part[:, kept] for part in tokens.rotary),
-        tubes=tokens.tubes[kept],
-        groups=tokens.groups[kept],
-        sizes=sizes,
-        origins=tokens.origins[kept],
-        now=places[tokens.now],
-        lengths=lengths,
-        patches=[before - count for before, count in zip(tokens.patches, removals, strict=True)],
-    )
-
-
-def drop_merged(tokens: PackedTokens, merged: InputMerge, layout: BatchLayout, tubes: Tubes | None) -> PackedTokens:
-    """Leave out of a packed row what merged before the decoder; waits once for the device.
-
-    Args:
-        tokens: Of the whole input.
-        merged: What merged.
-        layout: Of the batch.
-        tubes: The host's knowledge of the groups, None if nothing merges later.
-    """
-    here = tokens.now
-    places = torch.empty(layout.valid.numel(), dtype=here.dtype, device=here.device)
-    places = places.index_copy(0, here if layout.index is None else layout.index, here)
-    survivors = places[layout.pack(merged.survivors)]
-    alive = survivors == here
-    left = to_host(alive)
-    kept = torch.nonzero_static(alive, size=int(left.sum())).squeeze(1)
-    new_index = (alive.cumsum(0) - 1)[survivors]
-    state = replace(
-        tokens,
-        hidden=tokens.hidden[kept],
-        rotary=tuple(part[:, kept] for part in tokens.rotary),
-        origins=tokens.origins[kept],
-        now=new_index,
-        lengths=[int(part.sum()) for part in left.split(tokens.lengths)],
-    )
-    if tubes is None:
-        return state
-    groups = tokens.groups[kept]
-    return replace(
-        state,
-        tubes=tokens.tubes[kept],
-        groups=groups,
-        sizes=torch.zeros_like(tokens.sizes[kept]).index_add(0, new_index, tokens.sizes),
-        patches=to_host((groups + 1).bincount(minlength=len(tokens.patches) + 1))[1:].tolist(),
-    )
 
 
 def run_packed(
@@ -256,14 +143,14 @@ def run_packed(
         check_window(config, seen + tokens)
     past = _past_masks(cache, past_mask, seen, len(valid), config.num_hidden_layers)
     positions = _positions(position_ids, attention_mask, seen, inputs_embeds)
-    state = _pack(decoder, inputs_embeds, positions, layout, tubes)
+    state = pack_tokens(decoder, inputs_embeds, positions, layout, tubes)
     state = state if merged is None else drop_merged(state, merged, layout, tubes)
     trace = Trace(StateTrace.start(output_hidden_states, config.num_hidden_layers), {} if output_merge_map else None)
     if merged is not None and trace.survivors is not None:
-        trace.survivors[0] = _survivor_columns(state, layout)
+        trace.survivors[0] = survivor_columns(state, layout)
     state = _run_stages(decoder, state, layout, cache, past, (schedule, tubes), trace, kwargs)
 
-    final = _restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
+    final = restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
     merge_map = trace.merge_map(frame_index)
     if merge_map is not None and isinstance(cache, ElvaCache):
         cache.record_merges(merge_map, seen)
@@ -342,10 +229,10 @@ def _run_stages(
             if step is not None:
                 state = merge_step(state, step, schedule, tubes)
             if step is not None and trace.survivors is not None:
-                trace.survivors[i] = _survivor_columns(state, layout)
+                trace.survivors[i] = survivor_columns(state, layout)
             if i == 0 or step is not None or _starts_stage(cache, i):
                 packing, view = _enter_stage(attention, state, layout, cache, i, past[i])
-            trace.states.add(partial(_restore, state, layout))
+            trace.states.add(partial(restore, state, layout))
             state = replace(state, hidden=run_layer(layer, state.hidden[None], state.rotary, None, view, packing)[0])
     return state
 
@@ -416,25 +303,6 @@ def _run_layer(
     return output[0] if isinstance(output, tuple) else output
 
 
-def _pack(
-    decoder: PreTrainedModel, inputs_embeds: Tensor, positions: Tensor, layout: BatchLayout, tubes: Tubes | None
-) -> PackedTokens:
-    hidden = layout.pack(inputs_embeds)
-    here = torch.arange(len(hidden), device=hidden.device)
-    sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return PackedTokens(
-        hidden=hidden,
-        rotary=decoder.rotary_emb(hidden[None], layout.pack(positions.expand(inputs_embeds.shape[:2]))[None]),
-        tubes=None if tubes is None else layout.pack(tubes.ids),
-        groups=None if tubes is None else layout.pack(tubes.groups),
-        sizes=None if tubes is None else torch.ones(len(hidden), dtype=sums, device=hidden.device),
-        origins=here,
-        now=here,
-        lengths=layout.valid.sum(1).tolist(),
-        patches=[] if tubes is None else list(tubes.patches),
-    )
-
-
 def _read_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
     """`(B, N)` bool on the host: which of the new tokens are no padding."""
     if attention_mask is None:
@@ -497,12 +365,6 @@ def _past_masks(
     return past
 
 
-def _restore(state: PackedTokens, layout: BatchLayout) -> Tensor:
-    """`(B, N, D)`: every token of the input reads the one that stands for it."""
-    merged = state.now is not state.origins
-    return layout.unpack(state.hidden[state.now] if merged else state.hidden)
-
-
 def _starts_stage(cache: Cache | None, layer: int) -> bool:
     return isinstance(cache, ElvaCache) and cache.layers[layer].starts_stage
 
@@ -528,14 +390,6 @@ def _enter_stage(
     key_lengths = state.lengths if past is None else keys.sum(1).tolist()
     packing = Packing.build(config, state.lengths, key_lengths, state.hidden)
     return packing, PackedCache(cache, filing)
-
-
-def _survivor_columns(state: PackedTokens, layout: BatchLayout) -> Tensor:
-    """`(B, N)` column of the token that stands for each token, -1 for padding."""
-    survivors = state.origins[state.now]
-    if layout.index is not None:
-        survivors = layout.index[survivors]
-    return layout.unpack(survivors % layout.valid.shape[1], fill=-1)
 
 
 @contextmanager
