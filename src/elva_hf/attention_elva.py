@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors_elva import ConfigurationError
+from .transfer_elva import to_device
 
 PREFIX = "elva_"
 
@@ -36,6 +37,7 @@ class Packing:
         masks: `(1, 1, queries, keys)` of each sample in its kernel's form; None where plain causal attention will do.
         flash_kwargs: The same for FlashAttention's variable-length kernels; empty for the others.
         key_index: `(k,)` keys of the row in the order they are read, some more than once; None if each is read once.
+        key_places: `(k,)` row and `(k,)` column of each key, if the queries and keys come in padded rows, one query a row.
     """
 
     query_lengths: list[int]
@@ -43,6 +45,27 @@ class Packing:
     masks: list[Tensor | None]
     flash_kwargs: dict[str, Any]
     key_index: Tensor | None = None
+    key_places: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def gather(cls, key_mask: Tensor, key_lengths: list[int]) -> Packing:
+        """Prepare padded rows of one query each, whose keys have holes, for FlashAttention; needs no host sync.
+
+        transformers would look for the holes in every layer, and wait for the device each time.
+
+        Args:
+            key_mask: `(B, keys)` bool, False for a hole.
+            key_lengths: Keys of each row without holes.
+        """
+        batch, columns = key_mask.shape
+        index = torch.nonzero_static(key_mask.flatten(), size=sum(key_lengths)).squeeze(1)
+        flash_kwargs = {
+            "cu_seq_lens_q": torch.arange(batch + 1, dtype=torch.int32, device=key_mask.device),
+            "cu_seq_lens_k": nn.functional.pad(key_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32),
+            "max_length_q": 1,
+            "max_length_k": max(key_lengths),
+        }
+        return cls(batch * [1], key_lengths, [], flash_kwargs, key_places=(index // columns, index % columns))
 
     @classmethod
     def share(cls, config: PreTrainedConfig, segments: list[list[int]], like: Tensor) -> Packing:
@@ -66,7 +89,7 @@ class Packing:
                 index += [shared, torch.arange(start, start + question)]
                 start += question
         packing = cls.build(config, [length for sample in segments for length in sample], key_lengths, like)
-        return replace(packing, key_index=torch.cat(index).to(like.device, non_blocking=True))
+        return replace(packing, key_index=to_device([torch.cat(index)], like.device)[0])
 
     @classmethod
     def build(cls, config: PreTrainedConfig, query_lengths: list[int], key_lengths: list[int], like: Tensor) -> Packing:
@@ -90,12 +113,12 @@ class Packing:
 
 
 def _flash_kwargs(query_lengths: list[int], key_lengths: list[int], device: torch.device) -> dict[str, Any]:
-    def ends(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-
+    lengths = [query_lengths] if key_lengths == query_lengths else [query_lengths, key_lengths]
+    ends = [torch.tensor([0, *accumulate(part)], dtype=torch.int32) for part in lengths]
+    ends = to_device(ends, device)
     return {
-        "cu_seq_lens_q": ends(query_lengths),
-        "cu_seq_lens_k": ends(key_lengths),
+        "cu_seq_lens_q": ends[0],
+        "cu_seq_lens_k": ends[-1],
         "max_length_q": max(query_lengths),
         "max_length_k": max(key_lengths),
     }
@@ -213,7 +236,12 @@ def attend(
         key, value = key[:, :, packing.key_index], value[:, :, packing.key_index]
     if is_flash(kernel):
         flash_kwargs = packing.flash_kwargs if packing is not None else {}
-        return run(_Renamed(module, kernel), query, key, value, attention_mask, **{**kwargs, **flash_kwargs})
+        run = partial(run, _Renamed(module, kernel), **{**kwargs, **flash_kwargs})
+        if packing is None or packing.key_places is None:
+            return run(query, key, value, attention_mask)
+        rows, columns = packing.key_places
+        key, value = (states[rows, :, columns].transpose(0, 1)[None] for states in (key, value))
+        return run(query.transpose(0, 2), key, value, None)[0].transpose(0, 1), None
     if packing is None:
         return run(module, query, key, value, attention_mask, **kwargs)
     rows = zip(

@@ -56,8 +56,12 @@ class ElvaDynamicLayer(DynamicLayer):
         return self.columns + query_length, self.merged
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append `(B, heads, N, d)`, one column for each token."""
+        """Append `(B, heads, N, d)`, one column for each token; the first are kept as they are."""
         self.tail += key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
 
     def extend_key_mask(self, new: Tensor | None, batch: int, columns: int) -> Tensor | None:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .attention_elva import Packing, attention_config, causal_mask
+from .attention_elva import Packing, attention_config, causal_mask, is_flash, kernel_name
 from .cache_elva import ElvaCache, adopt_cache
 from .errors_elva import ConfigurationError
 from .geometry_elva import to_host
 from .merging_elva import InputMerge, MergeMap, Tubes
 from .packing_elva import BatchLayout, PackedCache
 from .schedule_elva import MergeSchedule
-from .tokens_elva import PackedTokens, drop_merged, merge_step, pack_tokens, restore, survivor_columns
+from .tokens_elva import PackedTokens, drop_merged, merge_step, pack_tokens, read_columns, restore, survivor_columns
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral")
 """Decoders that are embedding, rotary positions, layers and a final norm, and nothing else."""
@@ -42,7 +42,8 @@ class DecoderOutput:
     """What a run of the decoder gives, all at the input's length.
 
     Args:
-        last_hidden_state: `(B, N, D)` after the final norm; a merged token reads its survivor, padding is zero.
+        last_hidden_state: `(B, N, D)` after the final norm, or the columns asked for; a merged token reads its survivor,
+            padding is zero.
         past_key_values: The cache, or None.
         hidden_states: The input of every layer and the final state, each `(B, N, D)`, or None.
         merge_map: Who stands for whom, or None.
@@ -94,6 +95,7 @@ def run_packed(
     valid: Tensor | None = None,
     frame_index: Tensor | None = None,
     questions: list[list[int]] | None = None,
+    columns: slice | Tensor | None = None,
     output_hidden_states: bool | int | Sequence[int] = False,
     output_merge_map: bool = False,
     **kwargs: Any,
@@ -114,6 +116,7 @@ def run_packed(
         frame_index: `(B, N)` frame of each visual token, for the merge map.
         questions: Per sample the tokens of each question at its end, which sees the prefix before all questions and
             itself, and nothing of the others; None if every token sees all before it. There is no cache then.
+        columns: Columns of the input whose last hidden state is wanted; None for all.
         output_hidden_states: Whether to return the input of every layer, or of which.
         output_merge_map: Whether to return, and keep in the cache, who stands for whom.
         **kwargs: Passed to the layers.
@@ -150,11 +153,15 @@ def run_packed(
         trace.survivors[0] = survivor_columns(state, layout)
     state = _run_stages(decoder, state, layout, cache, past, (schedule, tubes), trace, kwargs)
 
-    final = restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
+    if columns is None or trace.states.wanted:
+        final = restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
+        last = final if columns is None else final[:, columns]
+    else:
+        final = last = read_columns(state, layout, columns, decoder.norm)
     merge_map = trace.merge_map(frame_index)
     if merge_map is not None and isinstance(cache, ElvaCache):
         cache.record_merges(merge_map, seen)
-    return DecoderOutput(final, cache, trace.states.finish(final), merge_map)
+    return DecoderOutput(last, cache, trace.states.finish(final), merge_map)
 
 
 @dataclass(frozen=True)
@@ -244,6 +251,7 @@ def run_padded(
     past_key_values: ElvaCache,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    columns: slice | Tensor | None = None,
     output_hidden_states: bool | int | Sequence[int] = False,
     **kwargs: Any,
 ) -> DecoderOutput:
@@ -255,13 +263,14 @@ def run_padded(
         past_key_values: A cache whose layers differ in length.
         attention_mask: `(B, past + N)` or `(B, N)`, 0 for padding; only the new tokens' part is read.
         position_ids: `(B, N)`; counted over real tokens if None.
+        columns: Columns of the input whose last hidden state is wanted; None for all.
         output_hidden_states: Whether to return the input of every layer, or of which.
         **kwargs: Passed to the layers.
 
     Raises:
         ConfigurationError: The sequence outgrows a sliding window.
     """
-    batch, tokens, _ = inputs_embeds.shape
+    tokens = inputs_embeds.shape[1]
     cache, config = past_key_values, decoder.config
     seen = cache.get_seq_length()
     check_window(config, seen + tokens)
@@ -269,17 +278,37 @@ def run_padded(
     rotary = decoder.rotary_emb(inputs_embeds, _positions(position_ids, attention_mask, seen, inputs_embeds))
     attention = attention_config(decoder)
     states = StateTrace.start(output_hidden_states, config.num_hidden_layers)
-    hidden, mask = inputs_embeds, None
+    hidden, stages = inputs_embeds, _padded_stages(attention, cache, new, inputs_embeds)
     for i, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
-        entry = cache.layers[i]
-        if entry.starts_stage:
-            keys = entry.columns + tokens
-            key_mask = entry.extend_key_mask(new, batch, tokens)
-            mask = causal_mask(attention, batch, tokens, keys, key_mask, hidden)
+        if i in stages:
+            mask, packing = stages[i]
         states.add(hidden)
-        hidden = _run_layer(layer, hidden, rotary, mask, cache, None, use_cache=True, **kwargs)
+        hidden = _run_layer(layer, hidden, rotary, mask, cache, packing, use_cache=True, **kwargs)
     hidden = decoder.norm(hidden)
-    return DecoderOutput(hidden, cache, states.finish(hidden))
+    return DecoderOutput(hidden if columns is None else hidden[:, columns], cache, states.finish(hidden))
+
+
+def _padded_stages(
+    config: PreTrainedConfig, cache: ElvaCache, new: Tensor | None, like: Tensor
+) -> dict[int, tuple[Tensor | None, Packing | None]]:
+    """What the layers of each stage share in a padded forward, by its first layer: a mask, or where the keys are."""
+    batch, tokens, _ = like.shape
+    key_masks, stages = {}, {}
+    flash_steps = tokens == 1 and is_flash(kernel_name(config))
+    for i, entry in enumerate(cache.layers):
+        if not entry.starts_stage:
+            continue
+        keys = entry.columns + tokens
+        key_mask = entry.extend_key_mask(new, batch, tokens)
+        if flash_steps and key_mask is not None:
+            key_masks[i] = key_mask
+        else:
+            stages[i] = causal_mask(config, batch, tokens, keys, key_mask, like), None
+    if key_masks:
+        counts = to_host(torch.stack([mask.sum(1) for mask in key_masks.values()])).tolist()
+        for (i, mask), lengths in zip(key_masks.items(), counts, strict=True):
+            stages[i] = None, Packing.gather(mask, lengths)
+    return stages
 
 
 def _run_layer(
@@ -383,10 +412,12 @@ def _enter_stage(
     if cache is None:
         return Packing.build(config, state.lengths, state.lengths, state.hidden), None
     entry = cache.layers[layer] if isinstance(cache, ElvaCache) else None
-    filing, keys = layout.file(state.lengths, past, entry.tail if entry is not None else 0, state.hidden.device)
+    filing, keys, key_mask = layout.file(
+        state.lengths, past, entry.tail if entry is not None else 0, state.hidden.device
+    )
     if entry is not None:
         entry.starts_stage = True
-        entry.key_mask = None if bool(keys.all()) else keys.to(state.hidden.device, non_blocking=True)
+        entry.key_mask = key_mask
     key_lengths = state.lengths if past is None else keys.sum(1).tolist()
     packing = Packing.build(config, state.lengths, key_lengths, state.hidden)
     return packing, PackedCache(cache, filing)

@@ -39,6 +39,7 @@ from .guidance_elva import ElvaGuidance
 from .merging_elva import InputMerge, MergeMap
 from .packing_elva import count_questions
 from .schedule_elva import MergeSchedule
+from .transfer_elva import to_device
 
 LOSS_ROWS = 1024
 """Supervised positions whose logits exist at a time; bounds the memory of the loss."""
@@ -190,6 +191,7 @@ class ElvaModel(ElvaPreTrainedModel):
         merge_schedule: MergeScheduleLike | None = None,
         output_merge_map: bool = False,
         segment_ids: Tensor | None = None,
+        positions_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> ElvaModelOutputWithPast:
         """Run the decoder over text and video.
@@ -208,6 +210,7 @@ class ElvaModel(ElvaPreTrainedModel):
             segment_ids: `(B, N)` for rows of one prefix and many questions: 0 for the prefix, which holds the videos,
                 then 1, 2, ...; a question sees the prefix and itself only. Give `position_ids` that start again after
                 the prefix. Needs no cache and no mask of all by all, and goes with merging.
+            positions_to_keep: Return `last_hidden_state` of the last so many positions, or of these positions; 0 for all.
             **kwargs: Passed to the decoder.
 
         Raises:
@@ -217,6 +220,7 @@ class ElvaModel(ElvaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise PlaceholderError("give exactly one of input_ids and inputs_embeds.")
+        columns = _read_columns(positions_to_keep)
         schedule = self.config.resolve_merge_schedule(merge_schedule)
         if has_merged(past_key_values):
             past_key_values = adopt_cache(past_key_values, self.config.text_config.num_hidden_layers)
@@ -241,10 +245,12 @@ class ElvaModel(ElvaPreTrainedModel):
         )
         if not packs and not has_merged(past_key_values) and segment_ids is None:
             outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
+            if columns is not None:
+                outputs["last_hidden_state"] = outputs.last_hidden_state[:, columns]
             return ElvaModelOutputWithPast(**outputs)
         states = self._take_output_flags(attention_mask, kwargs)
         if not can_merge and segment_ids is None:
-            outputs = run_padded(self.language_model, **inputs, output_hidden_states=states, **kwargs)
+            outputs = run_padded(self.language_model, **inputs, columns=columns, output_hidden_states=states, **kwargs)
         else:
             outputs = run_packed(
                 self.language_model,
@@ -253,6 +259,7 @@ class ElvaModel(ElvaPreTrainedModel):
                 frame_index=geometry.frame_numbers if output_merge_map and can_merge else None,
                 **self._read_rows(inputs, geometry, schedule, segment_ids),
                 merged=merged,
+                columns=columns,
                 output_hidden_states=states,
                 output_merge_map=output_merge_map,
                 **kwargs,
@@ -395,7 +402,7 @@ class ElvaModel(ElvaPreTrainedModel):
         if input_ids is not None:
             return token_kinds(input_ids, ids)
         table = self.get_input_embeddings()
-        rows = table(torch.tensor(list(ids.values()), device=inputs_embeds.device)).to(inputs_embeds.dtype)
+        rows = table(to_device([torch.tensor(list(ids.values()))], inputs_embeds.device)[0]).to(inputs_embeds.dtype)
         return token_kinds_from_embeddings(inputs_embeds, dict(zip(ids, rows, strict=True)))
 
     def _unused_patch_embedding(self, inputs_embeds: Tensor) -> Tensor:
@@ -504,13 +511,16 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             merge_schedule=merge_schedule,
             output_merge_map=output_merge_map,
+            positions_to_keep=logits_to_keep if labels is None else 0,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         logits, loss = None, None
-        if labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+        if labels is None:
+            logits = self.lm_head(hidden)
+        elif not self.training:
+            columns = _read_columns(logits_to_keep)
+            logits = self.lm_head(hidden if columns is None else hidden[:, columns])
         if labels is not None:
             shifted = kwargs.get("shift_labels")
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
@@ -695,6 +705,13 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             setattr(model.generation_config, name, getattr(text.generation_config, name))
         return model
+
+
+def _read_columns(keep: int | Tensor) -> slice | Tensor | None:
+    """Index of the last so many columns, or of these; None for all."""
+    if isinstance(keep, int):
+        return slice(-keep, None) if keep else None
+    return keep
 
 
 def turn_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,22 +8,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .fusion_elva import merge_tokens, similarity_to_next
 from .geometry_elva import to_host
 from .merging_elva import (
     InputMerge,
+    TubeLinks,
     Tubes,
     count_removals,
     find_survivors,
     link_tubes,
     merge_above,
     merge_most_similar,
+    relink_survivors,
 )
 from .packing_elva import BatchLayout
 from .schedule_elva import MergeSchedule, MergeStep
+from .transfer_elva import to_device
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class PackedTokens:
         now: `(n_input,)` where each token of the packed input, or what stands for it, is now.
         lengths: Tokens of each sample.
         patches: Patches of each group.
+        links: The tokens side by side in their tubes, if a merge has left them so.
     """
 
     hidden: Tensor
@@ -51,6 +55,7 @@ class PackedTokens:
     now: Tensor
     lengths: list[int]
     patches: list[int]
+    links: TubeLinks | None = None
 
 
 def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, tubes: Tubes) -> PackedTokens:
@@ -62,7 +67,7 @@ def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, t
         schedule: Where `ratio_of` and `survivor` are taken from.
         tubes: The host's knowledge of the groups.
     """
-    links = link_tubes(tokens.tubes)
+    links = link_tubes(tokens.tubes) if tokens.links is None else tokens.links
     similarity = similarity_to_next(tokens.hidden.detach(), links)
     groups = tokens.groups[links.order]
     if step.similarity_threshold is not None:
@@ -71,7 +76,7 @@ def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, t
         removals = to_host(found.index_add(0, groups + 1, merge.long()))[1:].tolist()
     else:
         removals = count_removals(tokens.patches, tubes.patches, tubes.floors, step.target_ratio, schedule.ratio_of)
-        budget = torch.tensor(removals).to(tokens.hidden.device, non_blocking=True)
+        budget = to_device([torch.tensor(removals)], tokens.hidden.device)[0]
         merge = merge_most_similar(similarity, groups, budget)
     if not any(removals):
         return tokens
@@ -80,16 +85,18 @@ def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, t
         lengths[sample] -= count
     survivors = find_survivors(merge, links, schedule.survivor)
     hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths), links)
+    tube_ids = tokens.tubes[kept]
     return PackedTokens(
         hidden=hidden,
         rotary=tuple(part[:, kept] for part in tokens.rotary),
-        tubes=tokens.tubes[kept],
+        tubes=tube_ids,
         groups=tokens.groups[kept],
         sizes=sizes,
         origins=tokens.origins[kept],
         now=places[tokens.now],
         lengths=lengths,
         patches=[before - count for before, count in zip(tokens.patches, removals, strict=True)],
+        links=relink_survivors(links, survivors, places, tube_ids),
     )
 
 
@@ -154,6 +161,20 @@ def restore(state: PackedTokens, layout: BatchLayout) -> Tensor:
     """`(B, N, D)`: every token of the input reads the one that stands for it."""
     merged = state.now is not state.origins
     return layout.unpack(state.hidden[state.now] if merged else state.hidden)
+
+
+def read_columns(state: PackedTokens, layout: BatchLayout, columns: slice | Tensor, norm: nn.Module) -> Tensor:
+    """`(B, kept, D)` after the norm: some columns of the input, each reading the token that stands for it.
+
+    Args:
+        state: After the last layer.
+        layout: Of the batch.
+        columns: Which, as an index of `(B, N)`.
+        norm: The decoder's final norm.
+    """
+    places = layout.unpack(state.now, fill=-1)[:, columns]
+    hidden = norm(state.hidden[places.clamp(min=0)])
+    return hidden if layout.index is None else hidden.masked_fill(places[..., None] < 0, 0.0)
 
 
 def survivor_columns(state: PackedTokens, layout: BatchLayout) -> Tensor:
