@@ -37,7 +37,7 @@ class Packing:
         masks: `(1, 1, queries, keys)` of each sample in its kernel's form; None where plain causal attention will do.
         flash_kwargs: The same for FlashAttention's variable-length kernels; empty for the others.
         key_index: `(k,)` keys of the row in the order they are read, some more than once; None if each is read once.
-        key_places: `(k,)` row and `(k,)` column of each key, if the queries and keys come in padded rows, one query a row.
+        key_places: `(k,)` row and `(k,)` column of each key, where queries and keys come in rows of one query.
     """
 
     query_lengths: list[int]

@@ -42,8 +42,8 @@ class DecoderOutput:
     """What a run of the decoder gives, all at the input's length.
 
     Args:
-        last_hidden_state: `(B, N, D)` after the final norm, or the columns asked for; a merged token reads its survivor,
-            padding is zero.
+        last_hidden_state: `(B, N, D)` after the final norm, or the columns asked for of it; a merged token reads its
+            survivor, padding is zero.
         past_key_values: The cache, or None.
         hidden_states: The input of every layer and the final state, each `(B, N, D)`, or None.
         merge_map: Who stands for whom, or None.
@@ -153,15 +153,11 @@ def run_packed(
         trace.survivors[0] = survivor_columns(state, layout)
     state = _run_stages(decoder, state, layout, cache, past, (schedule, tubes), trace, kwargs)
 
-    if columns is None or trace.states.wanted:
-        final = restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
-        last = final if columns is None else final[:, columns]
-    else:
-        final = last = read_columns(state, layout, columns, decoder.norm)
+    last, states = _read_states(decoder, state, layout, columns, trace.states)
     merge_map = trace.merge_map(frame_index)
     if merge_map is not None and isinstance(cache, ElvaCache):
         cache.record_merges(merge_map, seen)
-    return DecoderOutput(last, cache, trace.states.finish(final), merge_map)
+    return DecoderOutput(last, cache, states, merge_map)
 
 
 @dataclass(frozen=True)
@@ -392,6 +388,20 @@ def _past_masks(
             stage = torch.ones(batch, layer.columns, dtype=torch.bool) if mask is None else next(copies)
         past.append(stage)
     return past
+
+
+def _read_states(
+    decoder: PreTrainedModel,
+    state: PackedTokens,
+    layout: BatchLayout,
+    columns: slice | Tensor | None,
+    trace: StateTrace,
+) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+    """The last hidden state, of the columns that are wanted, and all states that are."""
+    if columns is not None and not trace.wanted:
+        return read_columns(state, layout, columns, decoder.norm), None
+    final = restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
+    return final if columns is None else final[:, columns], trace.finish(final)
 
 
 def _starts_stage(cache: Cache | None, layer: int) -> bool:

@@ -210,7 +210,7 @@ class ElvaModel(ElvaPreTrainedModel):
             segment_ids: `(B, N)` for rows of one prefix and many questions: 0 for the prefix, which holds the videos,
                 then 1, 2, ...; a question sees the prefix and itself only. Give `position_ids` that start again after
                 the prefix. Needs no cache and no mask of all by all, and goes with merging.
-            positions_to_keep: Return `last_hidden_state` of the last so many positions, or of these positions; 0 for all.
+            positions_to_keep: Return `last_hidden_state` of the last so many positions, or of these; 0 for all.
             **kwargs: Passed to the decoder.
 
         Raises:

@@ -78,8 +78,8 @@ class BatchLayout:
             device: Where the indices are wanted.
 
         Returns:
-            The plan, and `(B, columns)` bool: the stage's keys after this forward, on the host, and on the device, where
-            None stands for "no hole".
+            The plan, and `(B, columns)` bool: the stage's keys after this forward, on the host, and on the device (None
+            stands for "no hole").
         """
         batch, tokens = self.valid.shape
         last = self.valid[:, tokens - self.tail :]
