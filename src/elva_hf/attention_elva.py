@@ -26,6 +26,9 @@ from .transfer_elva import to_device
 
 PREFIX = "elva_"
 
+STATIC_KERNELS = ("sdpa", "eager")
+"""Kernels that take a mask over a buffer that is not yet full."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -152,6 +155,25 @@ def causal_mask(
         device=like.device,
         config=config,
     )
+
+
+def static_mask(config: PreTrainedConfig, key_mask: Tensor, seen: Tensor, queries: int, like: Tensor) -> Tensor:
+    """Mask of tokens that stand in a buffer after `seen` others, of one shape whatever `seen` is.
+
+    Args:
+        config: From `attention_config`; the kernel is one of `STATIC_KERNELS`.
+        key_mask: `(B, keys)` bool, False for a hole and for what is yet to come.
+        seen: Scalar, columns that are filled before these.
+        queries: Tokens that attend.
+        like: A tensor of the decoder's device and dtype.
+    """
+    mask = key_mask[:, None, None]
+    if queries > 1:
+        columns = torch.arange(key_mask.shape[1], device=key_mask.device)
+        mask = mask & (columns <= seen + torch.arange(queries, device=key_mask.device)[:, None])
+    if kernel_name(config) == "eager":
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+    return mask
 
 
 def wrap_attention(name: str) -> str:

@@ -19,13 +19,22 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .attention_elva import Packing, attention_config, causal_mask, is_flash, kernel_name
-from .cache_elva import ElvaCache, adopt_cache
+from .attention_elva import (
+    STATIC_KERNELS,
+    Packing,
+    attention_config,
+    causal_mask,
+    is_flash,
+    kernel_name,
+    static_mask,
+)
+from .cache_elva import ElvaCache, adopt_cache, freeze_cache, has_merged, is_static
 from .errors_elva import ConfigurationError
 from .geometry_elva import to_host
 from .merging_elva import InputMerge, MergeMap, Tubes
 from .packing_elva import BatchLayout, PackedCache
 from .schedule_elva import MergeSchedule
+from .static_cache_elva import ElvaStaticLayer
 from .tokens_elva import PackedTokens, drop_merged, merge_step, pack_tokens, read_columns, restore, survivor_columns
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral")
@@ -155,9 +164,7 @@ def run_packed(
 
     last, states = _read_states(decoder, state, layout, columns, trace.states)
     merge_map = trace.merge_map(frame_index)
-    if merge_map is not None and isinstance(cache, ElvaCache):
-        cache.record_merges(merge_map, seen)
-    return DecoderOutput(last, cache, states, merge_map)
+    return DecoderOutput(last, _close_cache(cache, past_key_values, merge_map, seen), states, merge_map)
 
 
 @dataclass(frozen=True)
@@ -294,12 +301,13 @@ def _padded_stages(
     for i, entry in enumerate(cache.layers):
         if not entry.starts_stage:
             continue
-        keys = entry.columns + tokens
         key_mask = entry.extend_key_mask(new, batch, tokens)
-        if flash_steps and key_mask is not None:
+        if isinstance(entry, ElvaStaticLayer):
+            stages[i] = static_mask(config, key_mask, entry.cumulative_length, tokens, like), None
+        elif flash_steps and key_mask is not None:
             key_masks[i] = key_mask
         else:
-            stages[i] = causal_mask(config, batch, tokens, keys, key_mask, like), None
+            stages[i] = causal_mask(config, batch, tokens, entry.columns + tokens, key_mask, like), None
     if key_masks:
         counts = to_host(torch.stack([mask.sum(1) for mask in key_masks.values()])).tolist()
         for (i, mask), lengths in zip(key_masks.items(), counts, strict=True):
@@ -342,7 +350,7 @@ def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, seen:
         return position_ids
     if attention_mask is not None and attention_mask.shape[1] == seen + tokens:
         return ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-    return torch.arange(seen, seen + tokens, device=like.device)[None]
+    return (seen + torch.arange(tokens, device=like.device))[None]
 
 
 def _refuse_cache(cache: Cache | None, use_cache: bool | None) -> None:
@@ -365,9 +373,38 @@ def _open_cache(
         use_cache = False  # layers that are computed twice cannot file their keys
     if cache is None and not use_cache:
         return None
-    if merging:
+    if merging or has_merged(cache):
+        _check_decoder_of_static(decoder, cache)
         return adopt_cache(cache, decoder.config.num_hidden_layers, past_mask)
     return DynamicCache(config=decoder.config) if cache is None else cache
+
+
+def _close_cache(cache: Cache | None, given: Cache | None, merge_map: MergeMap | None, seen: int) -> Cache | None:
+    """What a run gives back: with the merges of this run if they are wanted, in buffers if a static cache was given."""
+    if not isinstance(cache, ElvaCache):
+        return cache
+    if merge_map is not None:
+        cache.record_merges(merge_map, seen)
+    return freeze_cache(cache, given) if is_static(given) else cache
+
+
+def _check_decoder_of_static(decoder: PreTrainedModel, cache: Cache | None) -> None:
+    """Refuse a static cache where no mask over a buffer can be had, or that has merged and is to take a video."""
+    if not is_static(cache):
+        return
+    kernel = kernel_name(attention_config(decoder))
+    if has_merged(cache):
+        problem = "it has been filled by a prefill and takes text only"
+    elif kernel not in STATIC_KERNELS:
+        problem = f"its steps run on {' or '.join(STATIC_KERNELS)} attention, not {kernel}"
+    elif sliding_window(decoder.config) is not None:
+        problem = f"this {decoder.config.model_type} decoder has layers with a sliding window"
+    else:
+        return
+    raise ConfigurationError(
+        f"a static cache cannot hold the merged tokens of this video: {problem}. Use a DynamicCache (drop "
+        "cache_implementation), or merge_schedule='none'."
+    )
 
 
 def _past_masks(

@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention_elva import wrap_decoder
-from .cache_elva import adopt_cache, has_merged
+from .cache_elva import adopt_cache, has_merged, has_seen
 from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig, VideoDecoderConfig
 from .decoder_elva import can_pack, run_packed, run_padded, sliding_window
 from .embedding_elva import ElvaPatchEmbedding
@@ -351,7 +352,7 @@ class ElvaModel(ElvaPreTrainedModel):
     ) -> VisualGeometry | None:
         """Read the geometry and check it against the pixels; a decode step of one token is not read at all."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if features is None and tokens.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
+        if features is None and tokens.shape[1] == 1 and has_seen(cache):
             return None
         has_rows = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
         mask = attention_mask[:, -tokens.shape[1] :] if has_rows else None
@@ -605,15 +606,40 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         The first would feed the whole prompt again; the second is not announced as the first step and
         would lose its video.
         """
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if is_first_iteration and next_sequence_length is None and seen > 0:
-            next_sequence_length = input_ids.shape[1] - seen
+        if is_first_iteration and next_sequence_length is None and has_seen(past_key_values):
+            next_sequence_length = input_ids.shape[1] - int(past_key_values.get_seq_length())
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration or (past_key_values is not None and seen == 0),
+            is_first_iteration=is_first_iteration or (past_key_values is not None and not has_seen(past_key_values)),
+            **kwargs,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: ElvaConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | dict[str, Tensor] | None:
+        """Masks for a step with a static cache: ready ones, except where the model makes its own.
+
+        A prefill does. After a merge the cache knows its holes, so the mask of the new tokens will do, which does not
+        grow with the answer.
+        """
+        if is_first_iteration or (attention_mask is not None and attention_mask.ndim != 2):
+            return attention_mask
+        if has_merged(past_key_values):
+            return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+        return create_masks_for_generate(
+            config=config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
             **kwargs,
         )
 
@@ -656,7 +682,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         ids = input_ids if input_ids is not None and input_ids.numel() else None
         kinds = self.model.token_kinds(ids, None if ids is not None else model_kwargs.get("inputs_embeds"))
         cache = model_kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
+        seen = int(cache.get_seq_length()) if cache is not None else 0
         patches = find_patches(kinds, self.config.frame_layout)
         total, new = patches.sum(1).tolist(), patches[:, seen:].sum(1).tolist()
         if features.shape[0] == sum(new):
