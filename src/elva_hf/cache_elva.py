@@ -272,9 +272,9 @@ def freeze_cache(filled: ElvaCache, static: Cache) -> ElvaCache:
             f"the prompt has {filled.get_seq_length()} tokens, but the static cache was made for "
             f"{static.layers[0].max_cache_len}. Make it with a larger max_cache_len."
         )
-    layers = filled.layers
-    while layers:
-        static.layers[-len(layers)] = ElvaStaticLayer.freeze(layers.pop(0), room)
+    for i in range(len(filled.layers)):
+        static.layers[i] = ElvaStaticLayer.freeze(filled.layers[i], room)
+        filled.layers[i].reset()  # one layer at a time is held twice
     return ElvaCache(layers=static.layers)
 
 
