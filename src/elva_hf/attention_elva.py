@@ -178,13 +178,15 @@ def static_mask(config: PreTrainedConfig, key_mask: Tensor, seen: Tensor, querie
 
 def wrap_attention(name: str) -> str:
     """Register the wrapper of a kernel if that has not been done; returns its name, `"elva_" + name`."""
-    if name.startswith((PREFIX, "paged|")):
-        return name
-    wrapped = PREFIX + name
-    if wrapped not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+    wrapped = _wrapped(name)
+    if wrapped != name and wrapped not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(wrapped, partial(attend, name))
         AttentionMaskInterface.register(wrapped, ALL_MASK_ATTENTION_FUNCTIONS[name])
     return wrapped
+
+
+def _wrapped(name: str) -> str:
+    return name if name.startswith((PREFIX, "paged|")) else PREFIX + name
 
 
 def wrap_decoder(decoder: PreTrainedModel) -> None:
@@ -206,7 +208,7 @@ def attention_config(decoder: PreTrainedModel) -> PreTrainedConfig:
     """
     name = decoder.config._attn_implementation
     config = decoder.layers[0].self_attn.config
-    if config._attn_implementation != wrap_attention(name) or not config._attn_implementation.startswith(PREFIX):
+    if config._attn_implementation != _wrapped(name) or not config._attn_implementation.startswith(PREFIX):
         raise ConfigurationError(
             f"the decoder's attention is {name!r}, but its layers use {config._attn_implementation!r}, which cannot "
             f"run packed rows. Set it with set_attn_implementation({name!r}) of the whole model, not of its decoder."

@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 from .attention_elva import wrap_decoder
 from .cache_elva import adopt_cache, has_merged, has_seen
 from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig, VideoDecoderConfig
-from .decoder_elva import can_pack, run_packed, run_padded, sliding_window
+from .decoder_elva import NO_MERGING, can_pack, run_packed, run_padded, sliding_window
 from .embedding_elva import ElvaPatchEmbedding
 from .errors_elva import CheckpointError, ConfigurationError, PlaceholderError
 from .geometry_elva import (
@@ -222,11 +222,14 @@ class ElvaModel(ElvaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise PlaceholderError("give exactly one of input_ids and inputs_embeds.")
         columns = _read_columns(positions_to_keep)
-        schedule = self.config.resolve_merge_schedule(merge_schedule)
         if has_merged(past_key_values):
             past_key_values = adopt_cache(past_key_values, self.config.text_config.num_hidden_layers)
         features = self._video_features(pixel_values_videos, mm_encoder_outputs)
-        geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features, attention_mask)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        schedule, geometry = NO_MERGING, None
+        if features is not None or tokens.shape[1] > 1 or not has_seen(past_key_values):  # no decode step
+            schedule = self.config.resolve_merge_schedule(merge_schedule)
+            geometry = self._geometry(input_ids, inputs_embeds, features, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         merged = None
@@ -346,14 +349,11 @@ class ElvaModel(ElvaPreTrainedModel):
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
-        cache: Cache | None,
         features: Tensor | None,
         attention_mask: Tensor | None = None,
     ) -> VisualGeometry | None:
-        """Read the geometry and check it against the pixels; a decode step of one token is not read at all."""
+        """Read the geometry and check it against the pixels."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if features is None and tokens.shape[1] == 1 and has_seen(cache):
-            return None
         has_rows = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
         mask = attention_mask[:, -tokens.shape[1] :] if has_rows else None
         geometry = self.read_geometry(input_ids, inputs_embeds, mask)
