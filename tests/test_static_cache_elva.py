@@ -150,16 +150,10 @@ def test_a_compiled_step_is_one_graph_for_all_steps(model, samples, schedule):
     mask, token = inputs["attention_mask"], plain.logits[:, -1:].argmax(-1)
     for _ in range(STEPS):
         mask = grown(mask, 1)
-        given = {"input_ids": token, "position_ids": positions(mask)[:, -1:].clone(), "logits_to_keep": 1}
-        plain = model(**given, attention_mask=mask, past_key_values=plain.past_key_values)
-        prepared = model.prepare_inputs_for_generation(
-            torch.zeros_like(mask), 1, static.past_key_values, attention_mask=mask, use_cache=True
-        )
-        static = step(
-            **given,
-            attention_mask=prepared.get("attention_mask"),
-            past_key_values=static.past_key_values,
-            use_cache=True,
+        given = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": True, "logits_to_keep": 1}
+        plain, static = (
+            run(**model.prepare_inputs_for_generation(token, 1, out.past_key_values, **given))
+            for run, out in ((model, plain), (step, static))
         )
         torch.testing.assert_close(static.logits, plain.logits, rtol=0, atol=1e-9)
         token = plain.logits.argmax(-1)

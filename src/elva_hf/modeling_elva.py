@@ -226,10 +226,9 @@ class ElvaModel(ElvaPreTrainedModel):
             past_key_values = adopt_cache(past_key_values, self.config.text_config.num_hidden_layers)
         features = self._video_features(pixel_values_videos, mm_encoder_outputs)
         tokens = input_ids if input_ids is not None else inputs_embeds
-        schedule, geometry = NO_MERGING, None
-        if features is not None or tokens.shape[1] > 1 or not has_seen(past_key_values):  # no decode step
-            schedule = self.config.resolve_merge_schedule(merge_schedule)
-            geometry = self._geometry(input_ids, inputs_embeds, features, attention_mask)
+        is_step = _is_step(tokens, features, past_key_values)
+        schedule = NO_MERGING if is_step else self.config.resolve_merge_schedule(merge_schedule)
+        geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         merged = None
@@ -349,11 +348,14 @@ class ElvaModel(ElvaPreTrainedModel):
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
+        cache: Cache | None,
         features: Tensor | None,
         attention_mask: Tensor | None = None,
     ) -> VisualGeometry | None:
-        """Read the geometry and check it against the pixels."""
+        """Read the geometry and check it against the pixels; a decode step of one token is not read at all."""
         tokens = input_ids if input_ids is not None else inputs_embeds
+        if _is_step(tokens, features, cache):
+            return None
         has_rows = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
         mask = attention_mask[:, -tokens.shape[1] :] if has_rows else None
         geometry = self.read_geometry(input_ids, inputs_embeds, mask)
@@ -634,7 +636,8 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         if is_first_iteration or (attention_mask is not None and attention_mask.ndim != 2):
             return attention_mask
         if has_merged(past_key_values):
-            return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+            new = None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]
+            return new if new is None else new.clone(memory_format=torch.contiguous_format)  # strides that stay
         return create_masks_for_generate(
             config=config,
             inputs_embeds=inputs_embeds,
@@ -731,6 +734,11 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             setattr(model.generation_config, name, getattr(text.generation_config, name))
         return model
+
+
+def _is_step(tokens: Tensor, features: Tensor | None, cache: Cache | None) -> bool:
+    """Whether a forward is a decode step: one token that follows others."""
+    return features is None and tokens.shape[1] == 1 and has_seen(cache)
 
 
 def _read_columns(keep: int | Tensor) -> slice | Tensor | None:
