@@ -64,7 +64,7 @@ def test_every_step_has_the_logits_of_a_dynamic_cache(model, side):
     inputs = movies(BUSY, side)
     caches = [None, static_cache(model, inputs)]
     caches = [model(**inputs, past_key_values=cache, use_cache=True).past_key_values for cache in caches]
-    mask, first = inputs["attention_mask"], {}
+    mask = inputs["attention_mask"]
     for step in (1, 1, 3, 2):
         new = torch.ones(len(BUSY), step, dtype=torch.long)
         if step == 3:
@@ -77,7 +77,6 @@ def test_every_step_has_the_logits_of_a_dynamic_cache(model, side):
         torch.testing.assert_close(outs[1].logits[real], outs[0].logits[real], rtol=0, atol=1e-10)
     assert int(caches[1].get_seq_length()) == caches[0].get_seq_length()
     assert torch.equal(caches[1].tokens_per_layer, caches[0].tokens_per_layer)
-    assert first == {}
 
 
 @torch.no_grad()
@@ -121,7 +120,7 @@ def test_the_map_of_merges_is_that_of_a_dynamic_cache(model):
 
 def test_a_static_cache_of_ones_own_is_filled_and_goes_on(model):
     inputs = prompts()
-    cache, dynamic = static_cache(model, inputs, 3 * NEW), None
+    cache = static_cache(model, inputs, 3 * NEW)
     expected = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     assert torch.equal(model.generate(**inputs, **GREEDY, past_key_values=cache), expected.sequences)
     dynamic = expected.past_key_values
@@ -160,13 +159,22 @@ def test_a_compiled_step_is_one_graph_for_all_steps(model, samples, schedule):
     assert counter.frame_count == 1
 
 
+GRAPHS = []
+
+
+def keep_graph(graph, example_inputs):
+    """A backend that runs a graph as it is; a function, as generate() copies what it is given."""
+    GRAPHS.append(graph)
+    return graph.forward
+
+
 @pytest.mark.parametrize("schedule", ["paper", "none"])
 def test_generate_compiles_its_steps_by_itself(model, schedule, caplog):
     """As on an accelerator; the flag makes transformers do so on a CPU."""
     torch._dynamo.reset()
-    counter = CompileCounter()
+    GRAPHS.clear()
     model = copy.deepcopy(model)
-    compile_config = CompileConfig(fullgraph=True, backend=counter, mode=None)
+    compile_config = CompileConfig(fullgraph=True, backend=keep_graph, mode=None)
     compile_config._compile_all_devices = True
     options = {**GREEDY, "max_new_tokens": STEPS, "merge_schedule": SCHEDULES[schedule]}
     with caplog.at_level(logging.WARNING, "transformers"):
@@ -175,7 +183,7 @@ def test_generate_compiles_its_steps_by_itself(model, schedule, caplog):
             expected = model.generate(**inputs, **options)
             found = model.generate(**inputs, **options, cache_implementation="static", compile_config=compile_config)
             assert torch.equal(found, expected)
-    assert counter.frame_count == 1  # and none for the second prompt
+    assert len(GRAPHS) == 1  # and none for the second prompt
     assert "unable to meet the criteria" not in caplog.text
 
 
