@@ -253,3 +253,52 @@ def test_an_emptied_cache_takes_text_again(model):
     out = model(input_ids=ids, past_key_values=cache)
     torch.testing.assert_close(out.logits, model(input_ids=ids).logits, rtol=0, atol=1e-10)
     assert cache.tokens_per_layer.tolist() == LAYERS * [[4]]
+
+
+@torch.no_grad()
+def test_a_reordered_cache_is_that_of_reordered_samples(model):
+    inputs, order = movies(BUSY), torch.tensor([3, 3, 0, 2, 1])
+    cache = model(**inputs, past_key_values=static_cache(model, inputs), output_merge_map=True).past_key_values
+    buffers = [layer.keys.data_ptr() for layer in cache.layers]
+    before = cache.tokens_per_layer, cache.merge_map.survivors
+    ids = torch.tensor(len(BUSY) * [[9]])
+    mask = grown(inputs["attention_mask"], 1)
+    at = positions(mask)[:, -1:]
+    expected = model(input_ids=ids, position_ids=at, past_key_values=copy.deepcopy(cache)).logits[order]
+    cache.reorder_cache(order)
+    assert torch.equal(cache.tokens_per_layer, before[0][:, order])
+    assert all(torch.equal(one, other[order]) for one, other in zip(cache.merge_map.survivors, before[1], strict=True))
+    found = model(input_ids=ids, position_ids=at[order], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    assert [layer.keys.data_ptr() for layer in cache.layers] == buffers
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", ["paper", "none"])
+def test_a_step_on_a_gpu_waits_for_nothing(model, schedule):
+    """CUDA itself is the judge."""
+    model = copy.deepcopy(model).cuda()
+    inputs = {name: value.cuda() for name, value in movies(BUSY).items()}
+    out = model(**inputs, past_key_values=static_cache(model, inputs), merge_schedule=SCHEDULES[schedule])
+    mask = grown(inputs["attention_mask"].cpu(), 1)
+    prepared = model.prepare_inputs_for_generation(
+        torch.full_like(mask, 9).cuda(), 1, out.past_key_values, attention_mask=mask.cuda(),
+        position_ids=positions(mask).cuda(), use_cache=True,
+    )  # fmt: skip
+    model(**prepared)  # what a first run sets up may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(**prepared)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_gpu_says_the_words_of_a_dynamic_cache_compiled(model):
+    model = copy.deepcopy(model).float().cuda()
+    inputs = {name: value.cuda() for name, value in prompts().items()}
+    inputs["pixel_values_videos"] = inputs["pixel_values_videos"].float()
+    expected = model.generate(**inputs, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="static"), expected)

@@ -4,6 +4,8 @@ from .fault import Fault
 
 EXACTNESS = "tests/test_merging_exactness.py"
 CACHE = "tests/test_cache_elva.py"
+STATIC = "tests/test_static_cache_elva.py"
+TRANSFER = "tests/test_transfer_elva.py"
 DECODER = "tests/test_decoder_elva.py"
 ATTENTION = "tests/test_attention_elva.py"
 KERNELS = "tests/test_kernels_elva.py"
@@ -215,8 +217,8 @@ MERGING = (
     Fault(
         "as many keys as queries for FlashAttention",
         "attention_elva.py",
-        '"cu_seq_lens_k": ends(key_lengths)',
-        '"cu_seq_lens_k": ends(query_lengths)',
+        '"cu_seq_lens_k": ends[-1]',
+        '"cu_seq_lens_k": ends[0]',
         (ATTENTION,),
     ),
     Fault(
@@ -306,16 +308,37 @@ MERGING = (
     Fault(
         "a cache of the user's own is taken for a plain one",
         "cache_elva.py",
-        "return cache is not None and any(isinstance(layer, ElvaDynamicLayer) for layer in cache.layers)",
+        "return cache is not None and any(isinstance(layer, ElvaDynamicLayer | ElvaStaticLayer) for layer in cache.layers)",
         "return isinstance(cache, ElvaCache)",
         (CACHE, "-k", "users_own"),
     ),
     Fault(
         "a schedule for the new tokens merges the old ones' way",
         "modeling_elva.py",
-        "schedule = self.config.resolve_merge_schedule(merge_schedule)",
-        "schedule = self.config.resolve_merge_schedule()",
+        "else self.config.resolve_merge_schedule(merge_schedule)",
+        "else self.config.resolve_merge_schedule()",
         (EXACTNESS, "-k", "of_the_call"),
+    ),
+    Fault(
+        "a step with a static cache sees what is yet to come",
+        "static_cache_elva.py",
+        "frozen.key_mask = torch.zeros(",
+        "frozen.key_mask = torch.ones(",
+        (STATIC, "-k", "every_step"),
+    ),
+    Fault(
+        "beams leave the masks of a static cache behind",
+        "static_cache_elva.py",
+        "for record in (self.keys, self.values, self.key_mask, self.survivors, self.frame_index):",
+        "for record in (self.keys, self.values):",
+        (STATIC, "-k", "reordered"),
+    ),
+    Fault(
+        "the head reads columns of the packed row",
+        "tokens_elva.py",
+        "places = layout.unpack(state.now, fill=-1)[:, columns]",
+        "places = layout.unpack(state.origins, fill=-1)[:, columns].clamp(max=len(state.hidden) - 1)",
+        (TRANSFER, "-k", "head_reads"),
     ),
     # training
     Fault(
@@ -328,8 +351,8 @@ MERGING = (
     Fault(
         "logits of a whole batch in training",
         "modeling_elva.py",
-        "if labels is None or not self.training:",
-        "if True:",
+        "elif not self.training:",
+        "else:",
         (TRAINING, DECODER, "-k", "logits_exist or head_sees"),
     ),
 )
