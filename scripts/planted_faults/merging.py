@@ -308,8 +308,8 @@ MERGING = (
     Fault(
         "a cache of the user's own is taken for a plain one",
         "cache_elva.py",
-        "return cache is not None and any(isinstance(layer, ElvaDynamicLayer | ElvaStaticLayer) for layer in cache.layers)",
-        "return isinstance(cache, ElvaCache)",
+        "any(isinstance(layer, ElvaDynamicLayer | ElvaStaticLayer) for layer in cache.layers)",
+        "isinstance(cache, ElvaCache)",
         (CACHE, "-k", "users_own"),
     ),
     Fault(
