@@ -8,7 +8,7 @@ row, `D` width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from .packing_elva import BatchLayout, PackedCache
 from .schedule_elva import MergeSchedule
 from .static_cache_elva import ElvaStaticLayer
 from .tokens_elva import PackedTokens, drop_merged, merge_step, pack_tokens, read_columns, restore, survivor_columns
+from .trace_elva import StateTrace, Trace
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral")
 """Decoders that are embedding, rotary positions, layers and a final norm, and nothing else."""
@@ -165,57 +166,6 @@ def run_packed(
     last, states = _read_states(decoder, state, layout, columns, trace.states)
     merge_map = trace.merge_map(frame_index)
     return DecoderOutput(last, _close_cache(cache, past_key_values, merge_map, seen), states, merge_map)
-
-
-@dataclass(frozen=True)
-class StateTrace:
-    """Hidden states as `output_hidden_states` asks for them: all, some by index, or none.
-
-    Args:
-        wanted: Indices of the states to keep: layer `i`'s input is state `i`, the final state comes last.
-        states: Those so far, `(B, N, D)`, None for one that is not wanted.
-    """
-
-    wanted: frozenset[int]
-    states: list[Tensor | None]
-
-    @classmethod
-    def start(cls, asked: bool | int | Sequence[int] | None, num_layers: int) -> StateTrace:
-        """Read `output_hidden_states`: a flag, or indices of which negative ones count from the end."""
-        count = num_layers + 1
-        if isinstance(asked, bool) or asked is None:
-            return cls(frozenset(range(count) if asked else ()), [])
-        indices = [asked] if isinstance(asked, int) else asked
-        return cls(frozenset(index % count for index in indices if -count <= index < count), [])
-
-    def add(self, state: Callable[[], Tensor] | Tensor) -> None:
-        """Keep the next state, or what makes it, if it is wanted."""
-        wanted = len(self.states) in self.wanted
-        self.states.append((state() if callable(state) else state) if wanted else None)
-
-    def finish(self, final: Tensor) -> tuple[Tensor | None, ...] | None:
-        """All states, or None if none was wanted."""
-        self.add(final)
-        return tuple(self.states) if self.wanted else None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a run leaves besides its result.
-
-    Args:
-        states: Hidden states.
-        survivors: `(B, N)` column of each token's survivor, by the layer that merged; None if not wanted.
-    """
-
-    states: StateTrace
-    survivors: dict[int, Tensor] | None
-
-    def merge_map(self, frame_index: Tensor | None) -> MergeMap | None:
-        """Who stands for whom after each merge, if it was asked for."""
-        if self.survivors is None:
-            return None
-        return MergeMap(tuple(self.survivors), tuple(self.survivors.values()), frame_index)
 
 
 def _run_stages(
