@@ -150,6 +150,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--new-tokens", type=int, default=120, help="generated tokens, as in the paper; 0 for none")
     parser.add_argument("--merge-schedule", choices=SCHEDULES, default=SCHEDULES[0])
+    parser.add_argument("--cache-implementation", choices=("static",), help="of generation, for every row")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run; all by default")
     parser.add_argument("--scaling", action="store_true", help="ELVA's rows alone, 8 to 256 frames, no generation")
     parser.add_argument("--derived", action="store_true", help="FLOPs from the shapes alone; runs nothing")
@@ -175,6 +176,7 @@ def make_setting(arguments: argparse.Namespace, frames: Sequence[int]) -> Settin
         batch_sizes=tuple(arguments.batch_sizes or ((1, 4, 16) if on_gpu else (1,))),
         batch_frames=tuple(arguments.batch_frames or [min(frames)]),
         merge_schedule=arguments.merge_schedule,
+        cache_implementation=arguments.cache_implementation,
     )
 
 
@@ -205,7 +207,7 @@ def main() -> int:
     setting = make_setting(arguments, frames)
     known = ELVA_ROWS if scaling else tuple(setting.pipelines())
     names = choose_rows(arguments.only, known)
-    stem = f"table5-{'scaling-' * scaling}{setting.device}"
+    stem = f"table5-{'scaling-' * scaling}{setting.device}{'-static' * bool(setting.cache_implementation)}"
     for result in measure(setting, names, frames, scaling=scaling):
         result["chart"] = f"{stem}.png" if draw_times(result, arguments.out / f"{stem}.png") else None
         write_results(arguments.out, stem, result, as_markdown(result))

@@ -25,6 +25,7 @@ class Setting(ModelSetting):
     batch_sizes: tuple[int, ...]
     batch_frames: tuple[int, ...]
     merge_schedule: str
+    cache_implementation: str | None = None
 
     def pipelines(self) -> dict[str, Pipeline]:
         """Every row by its name."""
@@ -93,14 +94,17 @@ def first_tokens(pipeline: Pipeline, model: nn.Module, inputs: dict[str, Tensor]
     return logits[:, -1].argmax(-1).tolist(), cache
 
 
-def generate(model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, device: str) -> Row:
+def generate(
+    model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, device: str, cache_implementation: str | None = None
+) -> Row:
     """Greedy generation from pixels and ids on the host, never stopping early: token and request rates."""
     generation = model.generation_config
     generation.eos_token_id, generation.pad_token_id = None, 0
     clock = TokenClock(device)
     start = clock.now()
     inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, stopping_criteria=[clock])
+    options = {"stopping_criteria": [clock], "cache_implementation": cache_implementation}
+    model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, **options)
     if len(clock.times) != new_tokens:
         raise RuntimeError(f"{len(clock.times)} tokens were generated instead of {new_tokens}; rates mean nothing.")
     clips, first, last = len(inputs["input_ids"]), clock.times[0], clock.times[-1]
@@ -143,7 +147,10 @@ def measure_batches(setting: Setting, pipeline: Pipeline, model: nn.Module, fram
             continue
         try:
             inputs = pinned(pipeline.inputs(frames, clips, dtype), device)
-            rows.append({"batch_size": clips, **generate(model, inputs, setting.new_tokens, device)})
+            how = (model, inputs, setting.new_tokens, device, setting.cache_implementation)
+            if setting.cache_implementation == "static":
+                generate(*how)  # compiles the steps of these shapes
+            rows.append({"batch_size": clips, **generate(*how)})
         except Exception as error:
             rows.append({"batch_size": clips, "failed": failure(error)})
         release(device)

@@ -21,7 +21,13 @@ from merging_cases import (
 from merging_oracle import Oracle
 from tiny_elva import LINE, PATCH, batch, video, words
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, QuantizedLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    QuantizedLayer,
+    StaticSlidingWindowLayer,
+)
 
 from elva_hf.cache_elva import ElvaCache, ElvaDynamicLayer, adopt_cache
 from elva_hf.errors_elva import ConfigurationError
@@ -363,7 +369,7 @@ class Quantized(QuantizedLayer):
 
 def unmergeable():
     return {
-        "StaticLayer": StaticCache(config=double_model().config.text_config, max_cache_len=9),
+        "StaticSlidingWindowLayer": Cache(layers=[StaticSlidingWindowLayer(max_cache_len=9, sliding_window=4)]),
         "Quantized": Cache(layers=[Quantized()]),
         "DynamicSlidingWindowLayer": Cache(layers=[filled_layer(DynamicSlidingWindowLayer, 6, sliding_window=4)]),
     }

@@ -22,7 +22,7 @@ from merging_oracle import Oracle
 from tiny_elva import END, FRAME, LINE, PATCH, START, VOCAB, batch_inputs, tiny_model, video, words
 from transformers import DynamicCache
 
-from elva_hf import attention_elva, decoder_elva, geometry_elva
+from elva_hf import attention_elva, decoder_elva, geometry_elva, tokens_elva
 from elva_hf.decoder_elva import StateTrace, mlp_in_chunks, run_packed, run_padded
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.merging_elva import Tubes
@@ -172,7 +172,7 @@ class Host:
 
     def __init__(self, monkeypatch, answers=None):
         self.calls, self.given, self.answers = [], [], answers
-        for module in (geometry_elva, decoder_elva):
+        for module in (geometry_elva, decoder_elva, tokens_elva):
             monkeypatch.setattr(module, "to_host", self)
 
     def __call__(self, tensor):
@@ -263,7 +263,7 @@ def test_a_gpu_waits_no_more_often_than_that(monkeypatch):
         torch.cuda.set_sync_debug_mode("error")
         return copied
 
-    for module in (geometry_elva, decoder_elva):
+    for module in (geometry_elva, decoder_elva, tokens_elva):
         monkeypatch.setattr(module, "to_host", to_host)
     try:
         for schedule in ("ratios", "paper", "window"):

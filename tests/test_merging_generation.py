@@ -24,7 +24,7 @@ from merging_cases import (
 )
 from merging_oracle import Oracle
 from tiny_elva import TEXT_TYPES, batch, video, with_pixels, words
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache
 
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.modeling_elva import ElvaForCausalLM
@@ -385,25 +385,6 @@ def test_the_merge_map_grows_by_each_turn(model):
     assert cached.survivors[-1][0].tolist() == two.survivors[-1]
     assert int(cached.frame_index.max()) == 6 + 4 - 1
     assert (out.merge_map.survivors[-1][0] + len(ids)).tolist() == two.survivors[-1][len(ids) :]
-
-
-STATIC = {"cache_implementation": "static", "disable_compile": True}
-
-
-@pytest.mark.parametrize("options", [GREEDY, BEAMS], ids=["greedy", "beams"])
-def test_a_static_cache_is_refused_with_merging_and_works_without(model, options):
-    inputs = prompts(BUSY)
-    with pytest.raises(ConfigurationError, match="merge_schedule='none'"):
-        model.generate(**inputs, **options, **STATIC)
-    none = {**options, "merge_schedule": "none"}
-    assert torch.equal(model.generate(**inputs, **none, **STATIC), model.generate(**inputs, **none))
-
-
-def test_a_static_cache_of_ones_own_is_refused_with_merging(model):
-    inputs = prompts(BUSY)
-    cache = StaticCache(config=model.config.text_config, max_cache_len=200)
-    with pytest.raises(ConfigurationError, match="merge_schedule='none'"):
-        model.generate(**inputs, **GREEDY, past_key_values=cache)
 
 
 @pytest.mark.gpu

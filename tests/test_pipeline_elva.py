@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TextStreamer, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 import elva_hf
+from elva_hf import pipeline_elva
 from elva_hf.errors_elva import ConfigurationError, ContextOverflowError, ElvaError, PlaceholderError, VideoError
 from elva_hf.limits_elva import DecodingLimits
 from elva_hf.options_elva import VideoClip
@@ -439,3 +440,40 @@ def test_a_clip_with_options_of_its_own_is_a_video(pipe, clip, by_hand):
     block = {"type": "video", "path": str(clip), "video_end": 0.5, "num_frames": 2}
     asked = [{"role": "user", "content": [block, {"type": "text", "text": QUESTION}]}]
     assert last_turn(pipe(asked)) == expected != by_hand(chat(clip, QUESTION))
+
+
+def made_loader(monkeypatch, pipe, device, workers):
+    """Options of the loader that a batch of requests gets."""
+    made = []
+
+    def loader(source, **options):
+        made.append(options)
+        return iter(())
+
+    monkeypatch.setattr(pipeline_elva, "DataLoader", loader)
+    monkeypatch.setattr(pipe, "device", torch.device(device))
+    list(pipe.get_iterator([{}, {}], workers, 2, {}, {}, {}))
+    return made[0]
+
+
+@pytest.mark.parametrize("device, workers, pinned", [("cuda", 2, True), ("cuda", 0, False), ("cpu", 2, False)])
+def test_workers_pin_what_goes_to_a_gpu(monkeypatch, pipe, device, workers, pinned):
+    assert made_loader(monkeypatch, pipe, device, workers)["pin_memory"] is pinned
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pinned_inputs_are_sent_without_a_wait(monkeypatch, pipe, pinned):
+    sent = []
+
+    class Sent(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                sent.append(bool(kwargs.get("non_blocking")))
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: pinned)
+    inputs = {"pixel_values_videos": torch.zeros(2, 3), "requests": ["kept"]}
+    with Sent():
+        moved = pipe._ensure_tensor_on_device(inputs, torch.device("meta"))
+    assert sent == [pinned] and moved["requests"] == ["kept"]
+    assert moved["pixel_values_videos"].device.type == "meta"

@@ -4,6 +4,8 @@ from .fault import Fault
 
 EXACTNESS = "tests/test_merging_exactness.py"
 CACHE = "tests/test_cache_elva.py"
+STATIC = "tests/test_static_cache_elva.py"
+TRANSFER = "tests/test_transfer_elva.py"
 DECODER = "tests/test_decoder_elva.py"
 ATTENTION = "tests/test_attention_elva.py"
 KERNELS = "tests/test_kernels_elva.py"
@@ -15,7 +17,7 @@ MERGING = (
     # those the design lists
     Fault(
         "positions renumbered after a merge",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "rotary=tuple(part[:, kept] for part in tokens.rotary)",
         "rotary=tuple(part[:, : len(kept)] for part in tokens.rotary)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),
@@ -158,14 +160,14 @@ MERGING = (
     ),
     Fault(
         "the first of a run survives",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "find_survivors(merge, links, schedule.survivor)",
         'find_survivors(merge, links, "first")',
         (EXACTNESS, "-k", "alone_is_its_oracle"),
     ),
     Fault(
         "the last of a run survives, whatever is asked",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "find_survivors(merge, links, schedule.survivor)",
         "find_survivors(merge, links)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),
@@ -179,7 +181,7 @@ MERGING = (
     ),
     Fault(
         "merged tokens read themselves at the end",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "now=places[tokens.now]",
         "now=torch.arange(len(tokens.now), device=kept.device).clamp(max=len(kept) - 1)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),
@@ -193,7 +195,7 @@ MERGING = (
     ),
     Fault(
         "what has merged is not given back at the input's length",
-        "decoder_elva.py",
+        "tokens_elva.py",
         "merged = state.now is not state.origins",
         "merged = len(state.now) == len(state.origins)",
         (EXACTNESS, "-k", "alone_is_its_oracle"),
@@ -216,8 +218,8 @@ MERGING = (
     Fault(
         "as many keys as queries for FlashAttention",
         "attention_elva.py",
-        '"cu_seq_lens_k": ends(key_lengths)',
-        '"cu_seq_lens_k": ends(query_lengths)',
+        '"cu_seq_lens_k": ends[-1]',
+        '"cu_seq_lens_k": ends[0]',
         (ATTENTION,),
     ),
     Fault(
@@ -307,16 +309,37 @@ MERGING = (
     Fault(
         "a cache of the user's own is taken for a plain one",
         "cache_elva.py",
-        "return cache is not None and any(isinstance(layer, ElvaDynamicLayer) for layer in cache.layers)",
-        "return isinstance(cache, ElvaCache)",
+        "any(isinstance(layer, ElvaDynamicLayer | ElvaStaticLayer) for layer in cache.layers)",
+        "isinstance(cache, ElvaCache)",
         (CACHE, "-k", "users_own"),
     ),
     Fault(
         "a schedule for the new tokens merges the old ones' way",
         "modeling_elva.py",
-        "schedule = self.config.resolve_merge_schedule(merge_schedule)",
-        "schedule = self.config.resolve_merge_schedule()",
+        "else self.config.resolve_merge_schedule(merge_schedule)",
+        "else self.config.resolve_merge_schedule()",
         (EXACTNESS, "-k", "of_the_call"),
+    ),
+    Fault(
+        "a step with a static cache sees what is yet to come",
+        "static_cache_elva.py",
+        "frozen.key_mask = torch.zeros(",
+        "frozen.key_mask = torch.ones(",
+        (STATIC, "-k", "every_step"),
+    ),
+    Fault(
+        "beams leave the masks of a static cache behind",
+        "static_cache_elva.py",
+        "for record in (self.keys, self.values, self.key_mask, self.survivors, self.frame_index):",
+        "for record in (self.keys, self.values):",
+        (STATIC, "-k", "reordered"),
+    ),
+    Fault(
+        "the head reads columns of the packed row",
+        "tokens_elva.py",
+        "places = layout.unpack(state.now, fill=-1)[:, columns]",
+        "places = layout.unpack(state.origins, fill=-1)[:, columns].clamp(max=len(state.hidden) - 1)",
+        (TRANSFER, "-k", "head_reads"),
     ),
     # training
     Fault(
@@ -329,8 +352,8 @@ MERGING = (
     Fault(
         "logits of a whole batch in training",
         "modeling_elva.py",
-        "if labels is None or not self.training:",
-        "if True:",
+        "elif not self.training:",
+        "else:",
         (TRAINING, DECODER, "-k", "logits_exist or head_sees"),
     ),
     # attention in tiles

@@ -23,8 +23,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors_elva import ConfigurationError
 from .tiles_elva import causal_attention, suits_tiles
+from .transfer_elva import to_device
 
 PREFIX = "elva_"
+
+STATIC_KERNELS = ("sdpa", "eager")
+"""Kernels that take a mask over a buffer that is not yet full."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Packing:
         masks: `(1, 1, queries, keys)` of each sample in its kernel's form; None where plain causal attention will do.
         flash_kwargs: The same for FlashAttention's variable-length kernels; empty for the others.
         key_index: `(k,)` keys of the row in the order they are read, some more than once; None if each is read once.
+        key_places: `(k,)` row and `(k,)` column of each key, where queries and keys come in rows of one query.
     """
 
     query_lengths: list[int]
@@ -44,6 +49,27 @@ class Packing:
     masks: list[Tensor | None]
     flash_kwargs: dict[str, Any]
     key_index: Tensor | None = None
+    key_places: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def gather(cls, key_mask: Tensor, key_lengths: list[int]) -> Packing:
+        """Prepare padded rows of one query each, whose keys have holes, for FlashAttention; needs no host sync.
+
+        transformers would look for the holes in every layer, and wait for the device each time.
+
+        Args:
+            key_mask: `(B, keys)` bool, False for a hole.
+            key_lengths: Keys of each row without holes.
+        """
+        batch, columns = key_mask.shape
+        index = torch.nonzero_static(key_mask.flatten(), size=sum(key_lengths)).squeeze(1)
+        flash_kwargs = {
+            "cu_seq_lens_q": torch.arange(batch + 1, dtype=torch.int32, device=key_mask.device),
+            "cu_seq_lens_k": nn.functional.pad(key_mask.sum(1).cumsum(0), (1, 0)).to(torch.int32),
+            "max_length_q": 1,
+            "max_length_k": max(key_lengths),
+        }
+        return cls(batch * [1], key_lengths, [], flash_kwargs, key_places=(index // columns, index % columns))
 
     @classmethod
     def share(cls, config: PreTrainedConfig, segments: list[list[int]], like: Tensor) -> Packing:
@@ -67,7 +93,7 @@ class Packing:
                 index += [shared, torch.arange(start, start + question)]
                 start += question
         packing = cls.build(config, [length for sample in segments for length in sample], key_lengths, like)
-        return replace(packing, key_index=torch.cat(index).to(like.device, non_blocking=True))
+        return replace(packing, key_index=to_device([torch.cat(index)], like.device)[0])
 
     @classmethod
     def build(cls, config: PreTrainedConfig, query_lengths: list[int], key_lengths: list[int], like: Tensor) -> Packing:
@@ -91,12 +117,12 @@ class Packing:
 
 
 def _flash_kwargs(query_lengths: list[int], key_lengths: list[int], device: torch.device) -> dict[str, Any]:
-    def ends(lengths: list[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-
+    lengths = [query_lengths] if key_lengths == query_lengths else [query_lengths, key_lengths]
+    ends = [torch.tensor([0, *accumulate(part)], dtype=torch.int32) for part in lengths]
+    ends = to_device(ends, device)
     return {
-        "cu_seq_lens_q": ends(query_lengths),
-        "cu_seq_lens_k": ends(key_lengths),
+        "cu_seq_lens_q": ends[0],
+        "cu_seq_lens_k": ends[-1],
         "max_length_q": max(query_lengths),
         "max_length_k": max(key_lengths),
     }
@@ -132,15 +158,36 @@ def causal_mask(
     )
 
 
+def static_mask(config: PreTrainedConfig, key_mask: Tensor, seen: Tensor, queries: int, like: Tensor) -> Tensor:
+    """Mask of tokens that stand in a buffer after `seen` others, of one shape whatever `seen` is.
+
+    Args:
+        config: From `attention_config`; the kernel is one of `STATIC_KERNELS`.
+        key_mask: `(B, keys)` bool, False for a hole and for what is yet to come.
+        seen: Scalar, columns that are filled before these.
+        queries: Tokens that attend.
+        like: A tensor of the decoder's device and dtype.
+    """
+    mask = key_mask[:, None, None]
+    if queries > 1:
+        columns = torch.arange(key_mask.shape[1], device=key_mask.device)
+        mask = mask & (columns <= seen + torch.arange(queries, device=key_mask.device)[:, None])
+    if kernel_name(config) == "eager":
+        return torch.zeros_like(mask, dtype=like.dtype).masked_fill(~mask, torch.finfo(like.dtype).min)
+    return mask
+
+
 def wrap_attention(name: str) -> str:
     """Register the wrapper of a kernel if that has not been done; returns its name, `"elva_" + name`."""
-    if name.startswith((PREFIX, "paged|")):
-        return name
-    wrapped = PREFIX + name
-    if wrapped not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+    wrapped = _wrapped(name)
+    if wrapped != name and wrapped not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(wrapped, partial(attend, name))
         AttentionMaskInterface.register(wrapped, ALL_MASK_ATTENTION_FUNCTIONS[name])
     return wrapped
+
+
+def _wrapped(name: str) -> str:
+    return name if name.startswith((PREFIX, "paged|")) else PREFIX + name
 
 
 def wrap_decoder(decoder: PreTrainedModel) -> None:
@@ -162,7 +209,7 @@ def attention_config(decoder: PreTrainedModel) -> PreTrainedConfig:
     """
     name = decoder.config._attn_implementation
     config = decoder.layers[0].self_attn.config
-    if config._attn_implementation != wrap_attention(name) or not config._attn_implementation.startswith(PREFIX):
+    if config._attn_implementation != _wrapped(name) or not config._attn_implementation.startswith(PREFIX):
         raise ConfigurationError(
             f"the decoder's attention is {name!r}, but its layers use {config._attn_implementation!r}, which cannot "
             f"run packed rows. Set it with set_attn_implementation({name!r}) of the whole model, not of its decoder."
@@ -214,7 +261,12 @@ def attend(
         key, value = key[:, :, packing.key_index], value[:, :, packing.key_index]
     if is_flash(kernel):
         flash_kwargs = packing.flash_kwargs if packing is not None else {}
-        return run(_Renamed(module, kernel), query, key, value, attention_mask, **{**kwargs, **flash_kwargs})
+        run = partial(run, _Renamed(module, kernel), **{**kwargs, **flash_kwargs})
+        if packing is None or packing.key_places is None:
+            return run(query, key, value, attention_mask)
+        rows, columns = packing.key_places
+        key, value = (states[rows, :, columns].transpose(0, 1)[None] for states in (key, value))
+        return run(query.transpose(0, 2), key, value, None)[0].transpose(0, 1), None
     if packing is None:
         return run(module, query, key, value, attention_mask, **kwargs)
     rows = zip(

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from .errors_elva import ConfigurationError
 from .merging_elva import MergeMap
+from .static_cache_elva import ElvaStaticLayer
 
 
 class ElvaDynamicLayer(DynamicLayer):
@@ -56,8 +57,12 @@ class ElvaDynamicLayer(DynamicLayer):
         return self.columns + query_length, self.merged
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append `(B, heads, N, d)`, one column for each token."""
+        """Append `(B, heads, N, d)`, one column for each token; the first are kept as they are."""
         self.tail += key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
 
     def extend_key_mask(self, new: Tensor | None, batch: int, columns: int) -> Tensor | None:
@@ -130,7 +135,10 @@ class ElvaDynamicLayer(DynamicLayer):
 
 
 class ElvaCache(Cache):
-    """A cache of `ElvaDynamicLayer`; `model(...)` and `generate(...)` return it once something has merged."""
+    """A cache of `ElvaDynamicLayer`, or of `ElvaStaticLayer` where a `StaticCache` was given.
+
+    `model(...)` and `generate(...)` return it once something has merged.
+    """
 
     @property
     def tokens_per_layer(self) -> Tensor:
@@ -141,8 +149,7 @@ class ElvaCache(Cache):
                 mask = layer.key_mask
             if not layer.is_initialized:
                 return torch.zeros(len(self.layers), 0, dtype=torch.long)
-            full = torch.full((layer.keys.shape[0],), layer.columns)
-            counts.append(full if mask is None else mask.sum(1).cpu())
+            counts.append(torch.full((len(layer.keys),), layer.columns) if mask is None else mask.sum(1).cpu())
         return torch.stack(counts)
 
     @property
@@ -151,7 +158,7 @@ class ElvaCache(Cache):
         steps = [i for i, layer in enumerate(self.layers) if layer.survivors is not None]
         if not steps:
             return None
-        length = self.get_seq_length()
+        length = int(self.get_seq_length())
         survivors = tuple(extend_survivors(self.layers[i].survivors, length) for i in steps)
         frames = self.layers[0].frame_index
         if frames is not None:
@@ -215,13 +222,16 @@ def adopt_cache(cache: Cache | None, num_layers: int, past_mask: Tensor | None =
         past_mask: `(B, past)` 0 for padding, for what a filled cache of another class holds.
 
     Returns:
-        An `ElvaCache` that shares its layers with `cache`.
+        An `ElvaCache` that shares its layers with `cache`; of a static one only once `freeze_cache` has been called.
 
     Raises:
         ConfigurationError: The layers cannot differ in length, or have already dropped tokens.
     """
     if isinstance(cache, ElvaCache):
         return cache
+    if is_static(cache) and not has_merged(cache):
+        _check_static(cache)
+        return adopt_cache(None, num_layers)
     layers = cache.layers if cache is not None else []
     if not has_merged(cache):
         _adopt_layers(layers, num_layers, past_mask)
@@ -231,9 +241,46 @@ def adopt_cache(cache: Cache | None, num_layers: int, past_mask: Tensor | None =
     return adopted
 
 
+def is_static(cache: Cache | None) -> bool:
+    """Whether a cache has layers of fixed size, as `StaticCache` has."""
+    return cache is not None and any(isinstance(layer, StaticLayer) for layer in cache.layers)
+
+
+def has_seen(cache: Cache | None) -> bool:
+    """Whether a cache holds tokens; a static one is not asked, as the answer is on the device: once filled, it does."""
+    if is_static(cache):
+        return cache.layers[0].is_initialized
+    return cache is not None and cache.get_seq_length() > 0
+
+
+def freeze_cache(filled: ElvaCache, static: Cache) -> ElvaCache:
+    """Put what a prefill left into layers of fixed size, with the room a static cache has beside the prompt.
+
+    Args:
+        filled: By the prefill; emptied.
+        static: An empty `StaticCache`; its layers are exchanged.
+
+    Returns:
+        An `ElvaCache` that shares its layers with `static`.
+
+    Raises:
+        ConfigurationError: The prompt does not fit.
+    """
+    room = static.layers[0].max_cache_len - filled.get_seq_length()
+    if room < 0:
+        raise ConfigurationError(
+            f"the prompt has {filled.get_seq_length()} tokens, but the static cache was made for "
+            f"{static.layers[0].max_cache_len}. Make it with a larger max_cache_len."
+        )
+    for i in range(len(filled.layers)):
+        static.layers[i] = ElvaStaticLayer.freeze(filled.layers[i], room)
+        filled.layers[i].reset()  # one layer at a time is held twice
+    return ElvaCache(layers=static.layers)
+
+
 def has_merged(cache: Cache | None) -> bool:
     """Whether a cache, whatever its class, has layers that `adopt_cache` has exchanged."""
-    return cache is not None and any(isinstance(layer, ElvaDynamicLayer) for layer in cache.layers)
+    return cache is not None and any(isinstance(layer, ElvaDynamicLayer | ElvaStaticLayer) for layer in cache.layers)
 
 
 def _adopt_layers(layers: list[Any], num_layers: int, past_mask: Tensor | None) -> None:
@@ -244,6 +291,17 @@ def _adopt_layers(layers: list[Any], num_layers: int, past_mask: Tensor | None) 
     layers[0].starts_stage = True
     if layers[0].columns and past_mask is not None:
         layers[0].key_mask = past_mask[:, : layers[0].columns].to(torch.bool)
+
+
+def _check_static(cache: Cache) -> None:
+    """Refuse a static cache that cannot be filled by a prefill that merges."""
+    kinds = {type(layer).__name__ for layer in cache.layers if type(layer) is not StaticLayer}
+    if kinds or cache.offloading or has_seen(cache):
+        what = f"with {', '.join(sorted(kinds))} layers" if kinds else "that is offloaded or already holds tokens"
+        raise ConfigurationError(
+            f"a static cache {what} cannot hold merged tokens. Use a new StaticCache of full attention, a DynamicCache "
+            "(drop cache_implementation), or merge_schedule='none'."
+        )
 
 
 def _check_layer(layer: Any) -> None:

@@ -8,7 +8,7 @@ row, `D` width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,23 +19,24 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .attention_elva import Packing, attention_config, causal_mask
-from .cache_elva import ElvaCache, adopt_cache
-from .errors_elva import ConfigurationError
-from .fusion_elva import merge_tokens, similarity_to_next
-from .geometry_elva import to_host
-from .merging_elva import (
-    InputMerge,
-    MergeMap,
-    Tubes,
-    count_removals,
-    find_survivors,
-    link_tubes,
-    merge_above,
-    merge_most_similar,
+from .attention_elva import (
+    STATIC_KERNELS,
+    Packing,
+    attention_config,
+    causal_mask,
+    is_flash,
+    kernel_name,
+    static_mask,
 )
+from .cache_elva import ElvaCache, adopt_cache, freeze_cache, has_merged, is_static
+from .errors_elva import ConfigurationError
+from .geometry_elva import to_host
+from .merging_elva import InputMerge, MergeMap, Tubes
 from .packing_elva import BatchLayout, PackedCache
-from .schedule_elva import MergeSchedule, MergeStep
+from .schedule_elva import MergeSchedule
+from .static_cache_elva import ElvaStaticLayer
+from .tokens_elva import PackedTokens, drop_merged, merge_step, pack_tokens, read_columns, restore, survivor_columns
+from .trace_elva import StateTrace, Trace
 
 DECODERS = ("qwen2", "qwen3", "llama", "mistral")
 """Decoders that are embedding, rotary positions, layers and a final norm, and nothing else."""
@@ -54,7 +55,8 @@ class DecoderOutput:
     """What a run of the decoder gives, all at the input's length.
 
     Args:
-        last_hidden_state: `(B, N, D)` after the final norm; a merged token reads its survivor, padding is zero.
+        last_hidden_state: `(B, N, D)` after the final norm, or the columns asked for of it; a merged token reads its
+            survivor, padding is zero.
         past_key_values: The cache, or None.
         hidden_states: The input of every layer and the final state, each `(B, N, D)`, or None.
         merge_map: Who stands for whom, or None.
@@ -92,110 +94,6 @@ def check_window(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-@dataclass(frozen=True)
-class PackedTokens:
-    """The tokens of a batch between two layers.
-
-    Args:
-        hidden: `(n, D)`.
-        rotary: Cosines and sines, each `(1, n, head_dim)`; survivors keep the positions they had.
-        tubes: `(n,)` tube of each token.
-        groups: `(n,)` ratio group of each patch, -1 elsewhere.
-        sizes: `(n,)` input tokens each token stands for.
-        origins: `(n,)` index each token had in the packed input.
-        now: `(n_input,)` where each token of the packed input, or what stands for it, is now.
-        lengths: Tokens of each sample.
-        patches: Patches of each group.
-    """
-
-    hidden: Tensor
-    rotary: tuple[Tensor, Tensor]
-    tubes: Tensor | None
-    groups: Tensor | None
-    sizes: Tensor | None
-    origins: Tensor
-    now: Tensor
-    lengths: list[int]
-    patches: list[int]
-
-
-def merge_step(tokens: PackedTokens, step: MergeStep, schedule: MergeSchedule, tubes: Tubes) -> PackedTokens:
-    """Merge once; a threshold waits once for the device, a ratio never.
-
-    Args:
-        tokens: Before the merge.
-        step: Threshold or ratio.
-        schedule: Where `ratio_of` and `survivor` are taken from.
-        tubes: The host's knowledge of the groups.
-    """
-    links = link_tubes(tokens.tubes)
-    similarity = similarity_to_next(tokens.hidden.detach(), links)
-    groups = tokens.groups[links.order]
-    if step.similarity_threshold is not None:
-        merge = merge_above(similarity, step.similarity_threshold)
-        found = torch.zeros(len(tubes.patches) + 1, dtype=torch.long, device=merge.device)
-        removals = to_host(found.index_add(0, groups + 1, merge.long()))[1:].tolist()
-    else:
-        removals = count_removals(tokens.patches, tubes.patches, tubes.floors, step.target_ratio, schedule.ratio_of)
-        budget = torch.tensor(removals).to(tokens.hidden.device, non_blocking=True)
-        merge = merge_most_similar(similarity, groups, budget)
-    if not any(removals):
-        return tokens
-    lengths = list(tokens.lengths)
-    for sample, count in zip(tubes.samples, removals, strict=True):
-        lengths[sample] -= count
-    survivors = find_survivors(merge, links, schedule.survivor)
-    hidden, sizes, kept, places = merge_tokens(tokens.hidden, tokens.sizes, survivors, sum(lengths), links)
-    return PackedTokens(
-        hidden=hidden,
-        rotary=tuple(part[:, kept] for part in tokens.rotary),
-        tubes=tokens.tubes[kept],
-        groups=tokens.groups[kept],
-        sizes=sizes,
-        origins=tokens.origins[kept],
-        now=places[tokens.now],
-        lengths=lengths,
-        patches=[before - count for before, count in zip(tokens.patches, removals, strict=True)],
-    )
-
-
-def drop_merged(tokens: PackedTokens, merged: InputMerge, layout: BatchLayout, tubes: Tubes | None) -> PackedTokens:
-    """Leave out of a packed row what merged before the decoder; waits once for the device.
-
-    Args:
-        tokens: Of the whole input.
-        merged: What merged.
-        layout: Of the batch.
-        tubes: The host's knowledge of the groups, None if nothing merges later.
-    """
-    here = tokens.now
-    places = torch.empty(layout.valid.numel(), dtype=here.dtype, device=here.device)
-    places = places.index_copy(0, here if layout.index is None else layout.index, here)
-    survivors = places[layout.pack(merged.survivors)]
-    alive = survivors == here
-    left = to_host(alive)
-    kept = torch.nonzero_static(alive, size=int(left.sum())).squeeze(1)
-    new_index = (alive.cumsum(0) - 1)[survivors]
-    state = replace(
-        tokens,
-        hidden=tokens.hidden[kept],
-        rotary=tuple(part[:, kept] for part in tokens.rotary),
-        origins=tokens.origins[kept],
-        now=new_index,
-        lengths=[int(part.sum()) for part in left.split(tokens.lengths)],
-    )
-    if tubes is None:
-        return state
-    groups = tokens.groups[kept]
-    return replace(
-        state,
-        tubes=tokens.tubes[kept],
-        groups=groups,
-        sizes=torch.zeros_like(tokens.sizes[kept]).index_add(0, new_index, tokens.sizes),
-        patches=to_host((groups + 1).bincount(minlength=len(tokens.patches) + 1))[1:].tolist(),
-    )
-
-
 def run_packed(
     decoder: PreTrainedModel,
     inputs_embeds: Tensor,
@@ -210,6 +108,7 @@ def run_packed(
     valid: Tensor | None = None,
     frame_index: Tensor | None = None,
     questions: list[list[int]] | None = None,
+    columns: slice | Tensor | None = None,
     output_hidden_states: bool | int | Sequence[int] = False,
     output_merge_map: bool = False,
     **kwargs: Any,
@@ -230,6 +129,7 @@ def run_packed(
         frame_index: `(B, N)` frame of each visual token, for the merge map.
         questions: Per sample the tokens of each question at its end, which sees the prefix before all questions and
             itself, and nothing of the others; None if every token sees all before it. There is no cache then.
+        columns: Columns of the input whose last hidden state is wanted; None for all.
         output_hidden_states: Whether to return the input of every layer, or of which.
         output_merge_map: Whether to return, and keep in the cache, who stands for whom.
         **kwargs: Passed to the layers.
@@ -259,69 +159,16 @@ def run_packed(
         check_window(config, seen + tokens)
     past = _past_masks(cache, past_mask, seen, len(valid), config.num_hidden_layers)
     positions = _positions(position_ids, attention_mask, seen, inputs_embeds)
-    state = _pack(decoder, inputs_embeds, positions, layout, tubes)
+    state = pack_tokens(decoder, inputs_embeds, positions, layout, tubes)
     state = state if merged is None else drop_merged(state, merged, layout, tubes)
     trace = Trace(StateTrace.start(output_hidden_states, config.num_hidden_layers), {} if output_merge_map else None)
     if merged is not None and trace.survivors is not None:
-        trace.survivors[0] = _survivor_columns(state, layout)
+        trace.survivors[0] = survivor_columns(state, layout)
     state = _run_stages(decoder, state, layout, cache, past, (schedule, tubes), trace, kwargs)
 
-    final = _restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
+    last, states = _read_states(decoder, state, layout, columns, trace.states)
     merge_map = trace.merge_map(frame_index)
-    if merge_map is not None and isinstance(cache, ElvaCache):
-        cache.record_merges(merge_map, seen)
-    return DecoderOutput(final, cache, trace.states.finish(final), merge_map)
-
-
-@dataclass(frozen=True)
-class StateTrace:
-    """Hidden states as `output_hidden_states` asks for them: all, some by index, or none.
-
-    Args:
-        wanted: Indices of the states to keep: layer `i`'s input is state `i`, the final state comes last.
-        states: Those so far, `(B, N, D)`, None for one that is not wanted.
-    """
-
-    wanted: frozenset[int]
-    states: list[Tensor | None]
-
-    @classmethod
-    def start(cls, asked: bool | int | Sequence[int] | None, num_layers: int) -> StateTrace:
-        """Read `output_hidden_states`: a flag, or indices of which negative ones count from the end."""
-        count = num_layers + 1
-        if isinstance(asked, bool) or asked is None:
-            return cls(frozenset(range(count) if asked else ()), [])
-        indices = [asked] if isinstance(asked, int) else asked
-        return cls(frozenset(index % count for index in indices if -count <= index < count), [])
-
-    def add(self, state: Callable[[], Tensor] | Tensor) -> None:
-        """Keep the next state, or what makes it, if it is wanted."""
-        wanted = len(self.states) in self.wanted
-        self.states.append((state() if callable(state) else state) if wanted else None)
-
-    def finish(self, final: Tensor) -> tuple[Tensor | None, ...] | None:
-        """All states, or None if none was wanted."""
-        self.add(final)
-        return tuple(self.states) if self.wanted else None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a run leaves besides its result.
-
-    Args:
-        states: Hidden states.
-        survivors: `(B, N)` column of each token's survivor, by the layer that merged; None if not wanted.
-    """
-
-    states: StateTrace
-    survivors: dict[int, Tensor] | None
-
-    def merge_map(self, frame_index: Tensor | None) -> MergeMap | None:
-        """Who stands for whom after each merge, if it was asked for."""
-        if self.survivors is None:
-            return None
-        return MergeMap(tuple(self.survivors), tuple(self.survivors.values()), frame_index)
+    return DecoderOutput(last, _close_cache(cache, past_key_values, merge_map, seen), states, merge_map)
 
 
 def _run_stages(
@@ -345,10 +192,10 @@ def _run_stages(
             if step is not None:
                 state = merge_step(state, step, schedule, tubes)
             if step is not None and trace.survivors is not None:
-                trace.survivors[i] = _survivor_columns(state, layout)
+                trace.survivors[i] = survivor_columns(state, layout)
             if i == 0 or step is not None or _starts_stage(cache, i):
                 packing, view = _enter_stage(attention, state, layout, cache, i, past[i])
-            trace.states.add(partial(_restore, state, layout))
+            trace.states.add(partial(restore, state, layout))
             state = replace(state, hidden=run_layer(layer, state.hidden[None], state.rotary, None, view, packing)[0])
     return state
 
@@ -360,6 +207,7 @@ def run_padded(
     past_key_values: ElvaCache,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
+    columns: slice | Tensor | None = None,
     output_hidden_states: bool | int | Sequence[int] = False,
     **kwargs: Any,
 ) -> DecoderOutput:
@@ -371,13 +219,14 @@ def run_padded(
         past_key_values: A cache whose layers differ in length.
         attention_mask: `(B, past + N)` or `(B, N)`, 0 for padding; only the new tokens' part is read.
         position_ids: `(B, N)`; counted over real tokens if None.
+        columns: Columns of the input whose last hidden state is wanted; None for all.
         output_hidden_states: Whether to return the input of every layer, or of which.
         **kwargs: Passed to the layers.
 
     Raises:
         ConfigurationError: The sequence outgrows a sliding window.
     """
-    batch, tokens, _ = inputs_embeds.shape
+    tokens = inputs_embeds.shape[1]
     cache, config = past_key_values, decoder.config
     seen = cache.get_seq_length()
     check_window(config, seen + tokens)
@@ -385,17 +234,38 @@ def run_padded(
     rotary = decoder.rotary_emb(inputs_embeds, _positions(position_ids, attention_mask, seen, inputs_embeds))
     attention = attention_config(decoder)
     states = StateTrace.start(output_hidden_states, config.num_hidden_layers)
-    hidden, mask = inputs_embeds, None
+    hidden, stages = inputs_embeds, _padded_stages(attention, cache, new, inputs_embeds)
     for i, layer in enumerate(decoder.layers[: config.num_hidden_layers]):
-        entry = cache.layers[i]
-        if entry.starts_stage:
-            keys = entry.columns + tokens
-            key_mask = entry.extend_key_mask(new, batch, tokens)
-            mask = causal_mask(attention, batch, tokens, keys, key_mask, hidden)
+        if i in stages:
+            mask, packing = stages[i]
         states.add(hidden)
-        hidden = _run_layer(layer, hidden, rotary, mask, cache, None, use_cache=True, **kwargs)
+        hidden = _run_layer(layer, hidden, rotary, mask, cache, packing, use_cache=True, **kwargs)
     hidden = decoder.norm(hidden)
-    return DecoderOutput(hidden, cache, states.finish(hidden))
+    return DecoderOutput(hidden if columns is None else hidden[:, columns], cache, states.finish(hidden))
+
+
+def _padded_stages(
+    config: PreTrainedConfig, cache: ElvaCache, new: Tensor | None, like: Tensor
+) -> dict[int, tuple[Tensor | None, Packing | None]]:
+    """What the layers of each stage share in a padded forward, by its first layer: a mask, or where the keys are."""
+    batch, tokens, _ = like.shape
+    key_masks, stages = {}, {}
+    flash_steps = tokens == 1 and is_flash(kernel_name(config))
+    for i, entry in enumerate(cache.layers):
+        if not entry.starts_stage:
+            continue
+        key_mask = entry.extend_key_mask(new, batch, tokens)
+        if isinstance(entry, ElvaStaticLayer):
+            stages[i] = static_mask(config, key_mask, entry.cumulative_length, tokens, like), None
+        elif flash_steps and key_mask is not None:
+            key_masks[i] = key_mask
+        else:
+            stages[i] = causal_mask(config, batch, tokens, entry.columns + tokens, key_mask, like), None
+    if key_masks:
+        counts = to_host(torch.stack([mask.sum(1) for mask in key_masks.values()])).tolist()
+        for (i, mask), lengths in zip(key_masks.items(), counts, strict=True):
+            stages[i] = None, Packing.gather(mask, lengths)
+    return stages
 
 
 def _run_layer(
@@ -419,25 +289,6 @@ def _run_layer(
     return output[0] if isinstance(output, tuple) else output
 
 
-def _pack(
-    decoder: PreTrainedModel, inputs_embeds: Tensor, positions: Tensor, layout: BatchLayout, tubes: Tubes | None
-) -> PackedTokens:
-    hidden = layout.pack(inputs_embeds)
-    here = torch.arange(len(hidden), device=hidden.device)
-    sums = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return PackedTokens(
-        hidden=hidden,
-        rotary=decoder.rotary_emb(hidden[None], layout.pack(positions.expand(inputs_embeds.shape[:2]))[None]),
-        tubes=None if tubes is None else layout.pack(tubes.ids),
-        groups=None if tubes is None else layout.pack(tubes.groups),
-        sizes=None if tubes is None else torch.ones(len(hidden), dtype=sums, device=hidden.device),
-        origins=here,
-        now=here,
-        lengths=layout.valid.sum(1).tolist(),
-        patches=[] if tubes is None else list(tubes.patches),
-    )
-
-
 def _read_mask(attention_mask: Tensor | None, like: Tensor) -> Tensor:
     """`(B, N)` bool on the host: which of the new tokens are no padding."""
     if attention_mask is None:
@@ -452,7 +303,7 @@ def _positions(position_ids: Tensor | None, attention_mask: Tensor | None, seen:
         return position_ids
     if attention_mask is not None and attention_mask.shape[1] == seen + tokens:
         return ((attention_mask != 0).long().cumsum(1) - 1).clamp(min=0)[:, -tokens:]
-    return torch.arange(seen, seen + tokens, device=like.device)[None]
+    return (seen + torch.arange(tokens, device=like.device))[None]
 
 
 def _refuse_cache(cache: Cache | None, use_cache: bool | None) -> None:
@@ -475,9 +326,38 @@ def _open_cache(
         use_cache = False  # layers that are computed twice cannot file their keys
     if cache is None and not use_cache:
         return None
-    if merging:
+    if merging or has_merged(cache):
+        _check_decoder_of_static(decoder, cache)
         return adopt_cache(cache, decoder.config.num_hidden_layers, past_mask)
     return DynamicCache(config=decoder.config) if cache is None else cache
+
+
+def _close_cache(cache: Cache | None, given: Cache | None, merge_map: MergeMap | None, seen: int) -> Cache | None:
+    """What a run gives back: with the merges of this run if they are wanted, in buffers if a static cache was given."""
+    if not isinstance(cache, ElvaCache):
+        return cache
+    if merge_map is not None:
+        cache.record_merges(merge_map, seen)
+    return freeze_cache(cache, given) if is_static(given) else cache
+
+
+def _check_decoder_of_static(decoder: PreTrainedModel, cache: Cache | None) -> None:
+    """Refuse a static cache where no mask over a buffer can be had, or that has merged and is to take a video."""
+    if not is_static(cache):
+        return
+    kernel = kernel_name(attention_config(decoder))
+    if has_merged(cache):
+        problem = "it has been filled by a prefill and takes text only"
+    elif kernel not in STATIC_KERNELS:
+        problem = f"its steps run on {' or '.join(STATIC_KERNELS)} attention, not {kernel}"
+    elif sliding_window(decoder.config) is not None:
+        problem = f"this {decoder.config.model_type} decoder has layers with a sliding window"
+    else:
+        return
+    raise ConfigurationError(
+        f"a static cache cannot hold the merged tokens of this video: {problem}. Use a DynamicCache (drop "
+        "cache_implementation), or merge_schedule='none'."
+    )
 
 
 def _past_masks(
@@ -500,10 +380,18 @@ def _past_masks(
     return past
 
 
-def _restore(state: PackedTokens, layout: BatchLayout) -> Tensor:
-    """`(B, N, D)`: every token of the input reads the one that stands for it."""
-    merged = state.now is not state.origins
-    return layout.unpack(state.hidden[state.now] if merged else state.hidden)
+def _read_states(
+    decoder: PreTrainedModel,
+    state: PackedTokens,
+    layout: BatchLayout,
+    columns: slice | Tensor | None,
+    trace: StateTrace,
+) -> tuple[Tensor, tuple[Tensor | None, ...] | None]:
+    """The last hidden state, of the columns that are wanted, and all states that are."""
+    if columns is not None and not trace.wanted:
+        return read_columns(state, layout, columns, decoder.norm), None
+    final = restore(replace(state, hidden=decoder.norm(state.hidden)), layout)
+    return final if columns is None else final[:, columns], trace.finish(final)
 
 
 def _starts_stage(cache: Cache | None, layer: int) -> bool:
@@ -524,21 +412,15 @@ def _enter_stage(
     if cache is None:
         return Packing.build(config, state.lengths, state.lengths, state.hidden), None
     entry = cache.layers[layer] if isinstance(cache, ElvaCache) else None
-    filing, keys = layout.file(state.lengths, past, entry.tail if entry is not None else 0, state.hidden.device)
+    filing, keys, key_mask = layout.file(
+        state.lengths, past, entry.tail if entry is not None else 0, state.hidden.device
+    )
     if entry is not None:
         entry.starts_stage = True
-        entry.key_mask = None if bool(keys.all()) else keys.to(state.hidden.device, non_blocking=True)
+        entry.key_mask = key_mask
     key_lengths = state.lengths if past is None else keys.sum(1).tolist()
     packing = Packing.build(config, state.lengths, key_lengths, state.hidden)
     return packing, PackedCache(cache, filing)
-
-
-def _survivor_columns(state: PackedTokens, layout: BatchLayout) -> Tensor:
-    """`(B, N)` column of the token that stands for each token, -1 for padding."""
-    survivors = state.origins[state.now]
-    if layout.index is not None:
-        survivors = layout.index[survivors]
-    return layout.unpack(survivors % layout.valid.shape[1], fill=-1)
 
 
 def mlp_rows(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .errors_elva import PlaceholderError
 from .layout_elva import FrameLayout
 from .merging_elva import Tubes, cut_tubes
+from .transfer_elva import to_device
 
 FULL_LAYOUT = FrameLayout()
 
@@ -122,13 +123,12 @@ class VisualGeometry:
         )
         samples = torch.zeros(int(groups.max()) + 1, dtype=torch.long)
         samples[groups] = host.patch_index // length
-        device = self.tube_ids.device
+        rows = (host.tube_ids.flatten(), ids), (torch.full((batch * length,), -1), groups)
+        rows = [row.index_copy(0, host.patch_index, own).view(batch, length) for row, own in rows]
+        tube_ids, group_ids = to_device(rows, self.tube_ids.device)
         return Tubes(
-            ids=host.tube_ids.flatten().index_copy(0, host.patch_index, ids).view(batch, length).to(device),
-            groups=torch.full((batch * length,), -1)
-            .index_copy(0, host.patch_index, groups)
-            .view_as(host.valid)
-            .to(device),
+            ids=tube_ids,
+            groups=group_ids,
             samples=samples.tolist(),
             patches=groups.bincount().tolist(),
             floors=groups[first_of_tube].bincount().tolist(),
@@ -139,8 +139,9 @@ class VisualGeometry:
         """The same on another device, which keeps the host's copy."""
         if device == self.tube_ids.device:
             return self
-        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self) if field.name != "host"}
-        return VisualGeometry(**moved, host=self.host or self)
+        names = [field.name for field in fields(self) if field.name != "host"]
+        moved = to_device([getattr(self.host or self, name) for name in names], device)
+        return VisualGeometry(**dict(zip(names, moved, strict=True)), host=self.host or self)
 
 
 def to_host(tensor: Tensor) -> Tensor:

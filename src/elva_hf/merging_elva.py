@@ -256,6 +256,23 @@ def index_survivors(survivors: Tensor, num_kept: int) -> tuple[Tensor, Tensor, T
     return alive, kept, (alive.cumsum(0) - 1)[survivors]
 
 
+def relink_survivors(links: TubeLinks, survivors: Tensor, new_index: Tensor, tube_ids: Tensor) -> TubeLinks:
+    """Links of what a merge left, without sorting again; needs no host sync.
+
+    Args:
+        links: Before the merge.
+        survivors: `(n,)` from `find_survivors`.
+        new_index: `(n,)` where the survivor of each token now is.
+        tube_ids: `(m,)` tube of each token that is left.
+
+    Returns:
+        What `link_tubes(tube_ids)` gives.
+    """
+    stays = survivors[links.order] == links.order
+    order = new_index[links.order[torch.nonzero_static(stays, size=len(tube_ids)).squeeze(1)]]
+    return TubeLinks(order, ~_differs_from_previous(tube_ids[order]).roll(-1))
+
+
 def merge_tokens(
     hidden: Tensor, token_sizes: Tensor, survivors: Tensor, num_kept: int, chunk: int = 1024
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

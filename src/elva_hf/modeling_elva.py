@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
 
 from .attention_elva import wrap_decoder
-from .cache_elva import adopt_cache, has_merged
+from .cache_elva import adopt_cache, has_merged, has_seen
 from .configuration_elva import SPECIAL_TOKENS, TOKEN_ID_FIELDS, ElvaConfig, VideoDecoderConfig
-from .decoder_elva import can_pack, run_packed, run_padded, sliding_window
+from .decoder_elva import NO_MERGING, can_pack, run_packed, run_padded, sliding_window
 from .embedding_elva import ElvaPatchEmbedding
 from .errors_elva import CheckpointError, ConfigurationError, PlaceholderError
+from .generation_elva import ElvaGenerationMixin
 from .geometry_elva import (
     FRAME,
     LINE,
@@ -29,55 +29,22 @@ from .geometry_elva import (
     VIDEO_END,
     VIDEO_START,
     VisualGeometry,
-    find_patches,
     read_geometry,
     to_host,
     token_kinds,
     token_kinds_from_embeddings,
 )
 from .guidance_elva import ElvaGuidance
-from .merging_elva import InputMerge, MergeMap
+from .merging_elva import InputMerge
+from .outputs_elva import ElvaCausalLMOutputWithPast, ElvaModelOutputWithPast, ElvaVideoFeatures
 from .packing_elva import count_questions
 from .schedule_elva import MergeSchedule
+from .transfer_elva import to_device
 
 LOSS_ROWS = 1024
 """Supervised positions whose logits exist at a time; bounds the memory of the loss."""
 
 MergeScheduleLike = str | list | dict | MergeSchedule
-
-
-@dataclass
-class ElvaVideoFeatures(BaseModelOutputWithPooling):
-    """Output of `get_video_features`.
-
-    Args:
-        pooler_output: Tuple of `(patches, patch_embed_dim)` tensors.
-        pixel_values_videos: `(P, 3 * patch_size**2)` what was encoded, for an assistant model to encode itself.
-    """
-
-    pixel_values_videos: Tensor | None = None
-
-
-@dataclass
-class ElvaModelOutputWithPast(BaseModelOutputWithPast):
-    """Output of `ElvaModel`, at the input's length: a merged token reads the token that stands for it.
-
-    Args:
-        merge_map: Who stands for whom after each merge; with `output_merge_map=True` only.
-    """
-
-    merge_map: MergeMap | None = None
-
-
-@dataclass
-class ElvaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Output of `ElvaForCausalLM`, at the input's length.
-
-    Args:
-        merge_map: Who stands for whom after each merge; with `output_merge_map=True` only.
-    """
-
-    merge_map: MergeMap | None = None
 
 
 class ElvaPreTrainedModel(PreTrainedModel):
@@ -190,6 +157,7 @@ class ElvaModel(ElvaPreTrainedModel):
         merge_schedule: MergeScheduleLike | None = None,
         output_merge_map: bool = False,
         segment_ids: Tensor | None = None,
+        positions_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> ElvaModelOutputWithPast:
         """Run the decoder over text and video.
@@ -208,6 +176,7 @@ class ElvaModel(ElvaPreTrainedModel):
             segment_ids: `(B, N)` for rows of one prefix and many questions: 0 for the prefix, which holds the videos,
                 then 1, 2, ...; a question sees the prefix and itself only. Give `position_ids` that start again after
                 the prefix. Needs no cache and no mask of all by all, and goes with merging.
+            positions_to_keep: Return `last_hidden_state` of the last so many positions, or of these; 0 for all.
             **kwargs: Passed to the decoder.
 
         Raises:
@@ -217,10 +186,13 @@ class ElvaModel(ElvaPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise PlaceholderError("give exactly one of input_ids and inputs_embeds.")
-        schedule = self.config.resolve_merge_schedule(merge_schedule)
+        columns = _read_columns(positions_to_keep)
         if has_merged(past_key_values):
             past_key_values = adopt_cache(past_key_values, self.config.text_config.num_hidden_layers)
         features = self._video_features(pixel_values_videos, mm_encoder_outputs)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        is_step = _is_step(tokens, features, past_key_values)
+        schedule = NO_MERGING if is_step else self.config.resolve_merge_schedule(merge_schedule)
         geometry = self._geometry(input_ids, inputs_embeds, past_key_values, features, attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
@@ -241,10 +213,12 @@ class ElvaModel(ElvaPreTrainedModel):
         )
         if not packs and not has_merged(past_key_values) and segment_ids is None:
             outputs = self.language_model(**inputs, use_cache=use_cache, **kwargs)
+            if columns is not None:
+                outputs["last_hidden_state"] = outputs.last_hidden_state[:, columns]
             return ElvaModelOutputWithPast(**outputs)
         states = self._take_output_flags(attention_mask, kwargs)
         if not can_merge and segment_ids is None:
-            outputs = run_padded(self.language_model, **inputs, output_hidden_states=states, **kwargs)
+            outputs = run_padded(self.language_model, **inputs, columns=columns, output_hidden_states=states, **kwargs)
         else:
             outputs = run_packed(
                 self.language_model,
@@ -253,6 +227,7 @@ class ElvaModel(ElvaPreTrainedModel):
                 frame_index=geometry.frame_numbers if output_merge_map and can_merge else None,
                 **self._read_rows(inputs, geometry, schedule, segment_ids),
                 merged=merged,
+                columns=columns,
                 output_hidden_states=states,
                 output_merge_map=output_merge_map,
                 **kwargs,
@@ -344,7 +319,7 @@ class ElvaModel(ElvaPreTrainedModel):
     ) -> VisualGeometry | None:
         """Read the geometry and check it against the pixels; a decode step of one token is not read at all."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if features is None and tokens.shape[1] == 1 and cache is not None and cache.get_seq_length() > 0:
+        if _is_step(tokens, features, cache):
             return None
         has_rows = isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
         mask = attention_mask[:, -tokens.shape[1] :] if has_rows else None
@@ -395,7 +370,7 @@ class ElvaModel(ElvaPreTrainedModel):
         if input_ids is not None:
             return token_kinds(input_ids, ids)
         table = self.get_input_embeddings()
-        rows = table(torch.tensor(list(ids.values()), device=inputs_embeds.device)).to(inputs_embeds.dtype)
+        rows = table(to_device([torch.tensor(list(ids.values()))], inputs_embeds.device)[0]).to(inputs_embeds.dtype)
         return token_kinds_from_embeddings(inputs_embeds, dict(zip(ids, rows, strict=True)))
 
     def _unused_patch_embedding(self, inputs_embeds: Tensor) -> Tensor:
@@ -416,7 +391,7 @@ class ElvaModel(ElvaPreTrainedModel):
         return inputs_embeds.flatten(0, 1).index_copy(0, where, embeddings).view_as(inputs_embeds), None
 
 
-class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
+class ElvaForCausalLM(ElvaPreTrainedModel, ElvaGenerationMixin):
     """ELVA with a language-model head: answers in text about text and video.
 
     A sibling replaces `base_model_class`.
@@ -504,13 +479,16 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             merge_schedule=merge_schedule,
             output_merge_map=output_merge_map,
+            positions_to_keep=logits_to_keep if labels is None else 0,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         logits, loss = None, None
-        if labels is None or not self.training:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden[:, kept])
+        if labels is None:
+            logits = self.lm_head(hidden)
+        elif not self.training:
+            columns = _read_columns(logits_to_keep)
+            logits = self.lm_head(hidden if columns is None else hidden[:, columns])
         if labels is not None:
             shifted = kwargs.get("shift_labels")
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
@@ -558,106 +536,6 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         parts = zip(rows.split(LOSS_ROWS), targets.split(LOSS_ROWS), strict=True)
         return torch.stack([checkpoint(part_of_loss, *part, use_reentrant=False) for part in parts]).sum()
 
-    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any) -> tuple:
-        """As `GenerationMixin`'s; visual tokens are never generated, whatever else is suppressed."""
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        suppressed = {*(generation_config.suppress_tokens or ()), *self.config.special_token_ids}
-        generation_config.suppress_tokens = sorted(suppressed)
-        return generation_config, model_kwargs
-
-    @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate as transformers does; right-padded prompts are turned to the left first.
-
-        A decoder continues the last position of a row, so padding must stand on the left. Rows of a
-        right-padded batch are rotated, which is exact; the returned prompts are then left-padded.
-        """
-        input_ids, mask = inputs if inputs is not None else kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if kwargs.get("pixel_values_videos") is None:
-            kwargs.pop("pixel_values_videos", None)  # transformers would encode the None
-        fresh = kwargs.get("position_ids") is None and kwargs.get("past_key_values") is None
-        if fresh and input_ids is not None and mask is not None and mask.shape == input_ids.shape:
-            kwargs["input_ids"], kwargs["attention_mask"] = turn_padding_left(input_ids, mask)
-            inputs = None
-        return super().generate(inputs, *args, **kwargs)
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Mend two things in assisted generation: a prefill on a filled cache, and the assistant's own prefill.
-
-        The first would feed the whole prompt again; the second is not announced as the first step and
-        would lose its video.
-        """
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if is_first_iteration and next_sequence_length is None and seen > 0:
-            next_sequence_length = input_ids.shape[1] - seen
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration or (past_key_values is not None and seen == 0),
-            **kwargs,
-        )
-
-    def _get_candidate_generator(
-        self, *args: Any, model_kwargs: dict[str, Any], assistant_model: PreTrainedModel | None = None, **kwargs: Any
-    ) -> Any:
-        """Let an assistant model encode the pixels: its front end has weights of its own."""
-        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("video")
-        pixels = getattr(encoded, "pixel_values_videos", None)
-        if isinstance(assistant_model, ElvaForCausalLM) and pixels is not None:
-            own = assistant_model.get_video_features(pixels.to(assistant_model.device))
-            model_kwargs = {**model_kwargs, "mm_encoder_outputs": {"video": own}}
-        return super()._get_candidate_generator(
-            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
-        )
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """Repeat each sample's videos with it; videos whose tokens the cache already holds are dropped."""
-        encoded = model_kwargs.pop("mm_encoder_outputs", None)
-        if encoded and encoded.get("video") is not None:
-            per_sample = self._split_features_by_sample(encoded["video"], input_ids, model_kwargs)
-            repeated = [features for features in per_sample for _ in range(expand_size)]
-            pixels = getattr(encoded["video"], "pixel_values_videos", None)
-            encoded = {"video": ElvaVideoFeatures(pooler_output=repeated, pixel_values_videos=pixels)}
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        return input_ids, {**model_kwargs, "mm_encoder_outputs": encoded}
-
-    def _split_features_by_sample(
-        self, encoded: BaseModelOutputWithPooling, input_ids: Tensor | None, model_kwargs: dict[str, Any]
-    ) -> list[Tensor]:
-        features = torch.cat(list(encoded.pooler_output))
-        ids = input_ids if input_ids is not None and input_ids.numel() else None
-        kinds = self.model.token_kinds(ids, None if ids is not None else model_kwargs.get("inputs_embeds"))
-        cache = model_kwargs.get("past_key_values")
-        seen = cache.get_seq_length() if cache is not None else 0
-        patches = find_patches(kinds, self.config.frame_layout)
-        total, new = patches.sum(1).tolist(), patches[:, seen:].sum(1).tolist()
-        if features.shape[0] == sum(new):
-            return list(features.split(new))
-        if features.shape[0] == sum(total):
-            return [part[len(part) - count :] for part, count in zip(features.split(total), new, strict=True)]
-        raise PlaceholderError(
-            f"pixels for {features.shape[0]} patches, but the prompt has {sum(total)} patch tokens, {sum(new)} of them "
-            "not in the cache. Pass input_ids and pixel_values_videos from the same processor call."
-        )
-
     @classmethod
     def from_text_model(
         cls, path_or_model: str | os.PathLike | PreTrainedModel, tokenizer: Any = None, **config: Any
@@ -697,20 +575,16 @@ class ElvaForCausalLM(ElvaPreTrainedModel, GenerationMixin):
         return model
 
 
-def turn_padding_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate the rows of a right-padded batch so that their padding stands on the left.
+def _is_step(tokens: Tensor, features: Tensor | None, cache: Cache | None) -> bool:
+    """Whether a forward is a decode step: one token that follows others."""
+    return features is None and tokens.shape[1] == 1 and has_seen(cache)
 
-    Args:
-        input_ids: `(B, N)`.
-        attention_mask: `(B, N)`, 0 for padding.
 
-    Returns:
-        Both, rotated row by row; a left-padded batch comes back unchanged.
-    """
-    length = attention_mask.shape[1]
-    trailing = (attention_mask.flip(1) != 0).int().argmax(1)
-    order = (torch.arange(length, device=attention_mask.device) - trailing[:, None]) % length
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
+def _read_columns(keep: int | Tensor) -> slice | Tensor | None:
+    """Index of the last so many columns, or of these; None for all."""
+    if isinstance(keep, int):
+        return slice(-keep, None) if keep else None
+    return keep
 
 
 def add_special_tokens(tokenizer: Any) -> dict[str, int]:

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from .cache_elva import ElvaDynamicLayer
 from .errors_elva import PlaceholderError
+from .transfer_elva import to_device
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class BatchLayout:
         cls, valid: Tensor, tail: int, device: torch.device, questions: list[list[int]] | None = None
     ) -> BatchLayout:
         """Lay out a batch from its mask on the host."""
-        index = None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        return cls(valid, index, tail, questions)
+        index = None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1)
+        return cls(valid, *to_device([index], device), tail, questions)
 
     def segments(self, lengths: list[int]) -> list[list[int]]:
         """Tokens of the prefix and of each question of samples that now have `lengths` tokens.
@@ -64,7 +65,7 @@ class BatchLayout:
 
     def file(
         self, lengths: list[int], past: Tensor | None, old_tail: int, device: torch.device
-    ) -> tuple[Filing, Tensor]:
+    ) -> tuple[Filing, Tensor, Tensor | None]:
         """Plan where a stage's tokens go in the padded cache.
 
         What a merge may have shortened is pushed against the tail, which keeps the columns of the input: that is
@@ -77,7 +78,8 @@ class BatchLayout:
             device: Where the indices are wanted.
 
         Returns:
-            The plan, and `(B, columns)` bool on the host: the stage's keys after this forward.
+            The plan, and `(B, columns)` bool: the stage's keys after this forward, on the host, and on the device (None
+            stands for "no hole").
         """
         batch, tokens = self.valid.shape
         last = self.valid[:, tokens - self.tail :]
@@ -85,13 +87,16 @@ class BatchLayout:
         room = int(body.max())
         new = torch.cat([torch.arange(room) >= room - body[:, None], last], 1)
         keys = new if past is None else torch.cat([past, new], 1)
-        slots = None if bool(new.all()) else new.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        places = None
-        if past is not None and (batch > 1 or not bool(keys.all())):
-            places = tuple(part.to(device, non_blocking=True) for part in keys.nonzero(as_tuple=True))
+        slots = None if bool(new.all()) else new.flatten().nonzero().squeeze(1)
+        holes = None if bool(keys.all()) else keys
+        places = (None, None)
+        if past is not None and (batch > 1 or holes is not None):
+            places = keys.nonzero(as_tuple=True)
+        slots, key_mask, *places = to_device([slots, holes, *places], device)
         tail = self.tail + (old_tail if self.tail == tokens else 0)
         past_columns = None if past is None else past.shape[1]
-        return Filing(batch, new.shape[1], tokens, tail, slots, places, past_columns), keys
+        key_places = None if places[0] is None else tuple(places)
+        return Filing(batch, new.shape[1], tokens, tail, slots, key_places, past_columns), keys, key_mask
 
 
 def count_questions(segment_ids: Tensor, valid: Tensor, shared: Tensor | None = None) -> list[list[int]]:

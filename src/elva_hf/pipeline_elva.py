@@ -166,12 +166,22 @@ class ElvaPipeline(Pipeline):
         sized = hasattr(inputs, "__len__")
         source = (PipelineDataset if sized else PipelineIterator)(inputs, self.preprocess, preprocess_params)
         workers = num_workers if sized else min(num_workers, 1)  # each worker would read all of a stream
-        loader = DataLoader(source, num_workers=workers, batch_size=batch_size, collate_fn=self._collate)
+        # pinned by a thread while the device is busy; without workers it would only be one copy more
+        pinned = workers > 0 and self.device.type == "cuda"
+        loader = DataLoader(
+            source, num_workers=workers, batch_size=batch_size, collate_fn=self._collate, pin_memory=pinned
+        )
         for batch in loader:
             outputs = self.forward(batch, **forward_params)
             for request, generated in zip(outputs["requests"], outputs["generated"], strict=True):
                 single = {"requests": [request], "generated": generated[None]}
                 yield self.postprocess(single, **postprocess_params)
+
+    def _ensure_tensor_on_device(self, inputs: Any, device: torch.device) -> Any:
+        """As transformers'; the host does not wait for what is pinned."""
+        if isinstance(inputs, Tensor):
+            return inputs.to(device, non_blocking=inputs.is_pinned())
+        return super()._ensure_tensor_on_device(inputs, device)
 
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Generate; returns the new tokens only, `(B, num_return_sequences, M)`."""
