@@ -147,7 +147,7 @@ LOSS_TERMS = (
     Fault(
         "weights of Eq. 4 are not read",
         "training/guidance.py",
-        'terms.total(guidance["tube_weight"], guidance["frame_weight"])',
+        "terms.total(*(guidance[weight] for weight in WEIGHT_OF.values()))",
         "terms.total()",
         (GUIDANCE, "-k", "eq_4"),
     ),
@@ -280,7 +280,7 @@ LOSS_TERMS = (
     ),
     Fault(
         "TRL's trainers learn words alone",
-        "training/guidance.py",
+        "training/hooks.py",
         "return gradient, torch.ones(ctx.shape, dtype=ctx.dtype, device=gradient.device)",
         "return gradient, None",
         (GUIDANCE, "-k", "trl_learns"),
@@ -323,7 +323,7 @@ LOSS_TERMS = (
     Fault(
         "a head of weight 0 exists",
         "guidance_elva.py",
-        'task_head(hidden, width) if guidance["tube_weight"] else None',
+        'task_head(hidden, width) if guidance["frame_weight"] else None',
         "task_head(hidden, width)",
         (HEADS, "-k", "weight_0"),
     ),
