@@ -30,12 +30,12 @@ from transformers.cache_utils import DynamicCache
 
 from elva_hf.configuration_elva import SPECIAL_TOKENS, ElvaConfig
 from elva_hf.errors_elva import CheckpointError, ConfigurationError, PlaceholderError
+from elva_hf.generation_elva import turn_padding_left
 from elva_hf.modeling_elva import (
     ElvaForCausalLM,
     ElvaModel,
     ElvaVideoFeatures,
     add_special_tokens,
-    turn_padding_left,
 )
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
