@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache, Qwen2Config
 
 from elva_hf import decoder_elva
-from elva_hf.decoder_elva import merge_step, mlp_in_chunks
+from elva_hf.decoder_elva import merge_step
 from elva_hf.frames_elva import count_frame_tokens
+from elva_hf.mlp_elva import mlp_in_chunks, mlp_rows
 
 Schedule = str | list[dict[str, Any]]
 
@@ -302,7 +303,7 @@ def compare_mlp(setting: Setting) -> list[Row]:
     rows = measure_rounds(
         {"whole": (run_layer, setting, False), "in chunks": (run_layer, setting, True)}, setting.processes
     )
-    at_a_time = {"whole": shape["tokens"], "in chunks": decoder_elva.mlp_rows(torch.device(setting.device))}
+    at_a_time = {"whole": shape["tokens"], "in chunks": mlp_rows(torch.device(setting.device))}
     return [
         {"run": name, "rows_at_a_time": at_a_time[name], **shape, **summarise(rows[name], rows["whole"])}
         for name in rows

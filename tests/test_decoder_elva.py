@@ -22,10 +22,11 @@ from merging_oracle import Oracle
 from tiny_elva import END, FRAME, LINE, PATCH, START, VOCAB, batch_inputs, tiny_model, video, words
 from transformers import DynamicCache
 
-from elva_hf import attention_elva, decoder_elva, geometry_elva, tokens_elva
-from elva_hf.decoder_elva import StateTrace, mlp_in_chunks, run_packed, run_padded
+from elva_hf import attention_elva, decoder_elva, geometry_elva, mlp_elva, tokens_elva
+from elva_hf.decoder_elva import StateTrace, run_packed, run_padded
 from elva_hf.errors_elva import ConfigurationError
 from elva_hf.merging_elva import Tubes
+from elva_hf.mlp_elva import mlp_in_chunks
 from elva_hf.packing_elva import BatchLayout
 
 RATIOS = SCHEDULES["ratios"]
@@ -339,7 +340,7 @@ def test_padding_costs_nothing():
 def test_long_rows_pass_the_mlp_in_pieces_and_nothing_changes(monkeypatch, model):
     inputs, rows = movies(BUSY), []
     expected = model(**inputs, merge_schedule=MIXED).logits
-    monkeypatch.setattr(decoder_elva, "MLP_ROWS", 50)
+    monkeypatch.setattr(mlp_elva, "MLP_ROWS", 50)
     mlp = model.model.language_model.layers[0].mlp
     handle = mlp.down_proj.register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[1]))
     out = model(**inputs, merge_schedule=MIXED).logits
@@ -351,7 +352,7 @@ def test_long_rows_pass_the_mlp_in_pieces_and_nothing_changes(monkeypatch, model
 
 def test_an_mlp_in_pieces_is_put_back_whatever_happens(monkeypatch):
     layers = deep_model().model.language_model.layers
-    monkeypatch.setattr(decoder_elva, "MLP_ROWS", 4)
+    monkeypatch.setattr(mlp_elva, "MLP_ROWS", 4)
     layers[1].mlp.forward = patched = lambda hidden: hidden
     with torch.no_grad(), pytest.raises(RuntimeError), mlp_in_chunks(layers, 5):
         assert "forward" in vars(layers[0].mlp)
@@ -367,7 +368,7 @@ def test_an_mlp_in_pieces_is_put_back_whatever_happens(monkeypatch):
 def test_two_forwards_in_pieces_at_once_leave_each_other_alone(monkeypatch):
     """As two threads would: the second enters and leaves while the first is inside."""
     layers = deep_model().model.language_model.layers
-    monkeypatch.setattr(decoder_elva, "MLP_ROWS", 4)
+    monkeypatch.setattr(mlp_elva, "MLP_ROWS", 4)
     first, second = mlp_in_chunks(layers, 5), mlp_in_chunks(layers, 5)
     first.__enter__()
     second.__enter__()

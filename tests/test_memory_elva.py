@@ -7,7 +7,7 @@ import torch
 from tiny_elva import BOS, VOCAB, batch, batch_inputs, sample_inputs, tiny_model, video, words
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elva_hf import decoder_elva, modeling_elva
+from elva_hf import mlp_elva, modeling_elva
 
 STEPS = [{"layer": 1, "target_ratio": 0.5}]
 SAMPLE = [BOS, *video(*6 * [(3, 3)]), *words(6, 1)]
@@ -106,7 +106,7 @@ def test_a_long_prefill_runs_its_mlp_in_chunks_and_leaves_the_modules_as_they_we
     width = model.config.text_config.intermediate_size
     with torch.no_grad():
         whole = model(**inputs).logits
-        monkeypatch.setattr(decoder_elva, "MLP_ROWS", 7)
+        monkeypatch.setattr(mlp_elva, "MLP_ROWS", 7)
         with LargestTensor(width) as seen:
             chunked = model(**inputs).logits
     torch.testing.assert_close(chunked, whole)
@@ -117,12 +117,12 @@ def test_a_long_prefill_runs_its_mlp_in_chunks_and_leaves_the_modules_as_they_we
 @torch.no_grad()
 def test_an_mlp_in_chunks_is_never_held_twice(model, monkeypatch):
     """Its pieces go into one output as they come; joined at the end they would all be there beside it."""
-    monkeypatch.setattr(decoder_elva, "MLP_ROWS", 7)
+    monkeypatch.setattr(mlp_elva, "MLP_ROWS", 7)
     layers, hidden = model.model.language_model.layers, torch.randn(1, 40, model.config.text_config.hidden_size)
     whole = layers[0].mlp(hidden)
     pieces = []
     handle = layers[0].mlp.down_proj.register_forward_hook(lambda *args: pieces.append(weakref.ref(args[2])))
-    with decoder_elva.mlp_in_chunks(layers, 40):
+    with mlp_elva.mlp_in_chunks(layers, 40):
         alive = []
         layers[0].mlp.gate_proj.register_forward_pre_hook(lambda *_: alive.append(sum(p() is not None for p in pieces)))
         chunked = layers[0].mlp(hidden)
@@ -144,7 +144,7 @@ def test_states_that_nothing_has_merged_are_not_copied(model):
 
 def test_mlp_chunks_respect_a_forward_that_was_there_before(model, monkeypatch):
     """Offloading libraries hang a forward of their own on modules; it is called, and put back."""
-    monkeypatch.setattr(decoder_elva, "MLP_ROWS", 7)
+    monkeypatch.setattr(mlp_elva, "MLP_ROWS", 7)
     mlp = model.model.language_model.layers[0].mlp
     calls, original = [], mlp.forward
 
@@ -161,7 +161,7 @@ def test_mlp_chunks_respect_a_forward_that_was_there_before(model, monkeypatch):
 
 def test_training_keeps_whole_mlps(model, monkeypatch):
     """Chunks would keep as much for the backward pass and be slower."""
-    monkeypatch.setattr(decoder_elva, "MLP_ROWS", 7)
+    monkeypatch.setattr(mlp_elva, "MLP_ROWS", 7)
     width = model.config.text_config.intermediate_size
     with LargestTensor(width) as seen:
         model(**sample_inputs(SAMPLE))
