@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TILE_SCORES = 2**20
-TILE_ROWS = (16, 64)  # fewest and most queries of a tile
-FEWEST_TOKENS, FEWEST_SHARED = 128, 4  # below these torch's kernel is as fast (docs/LOG.md)
+TILE_ROWS = 64  # queries of a tile
+TOKENS, FEWEST_SHARED = range(128, 4097), 4  # elsewhere torch's kernel is as fast (docs/LOG.md)
 
 
 def suits_tiles(query: Tensor, key: Tensor, mask: Tensor | None, **kwargs: Any) -> bool:
@@ -32,7 +31,8 @@ def suits_tiles(query: Tensor, key: Tensor, mask: Tensor | None, **kwargs: Any) 
         and query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and query.shape[0] == 1
-        and query.shape[2] == key.shape[2] >= FEWEST_TOKENS
+        and query.shape[2] == key.shape[2]
+        and query.shape[2] in TOKENS
         and query.shape[1] >= FEWEST_SHARED * key.shape[1]
         and not torch.is_grad_enabled()
         and not kwargs.get("dropout")
@@ -64,7 +64,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     heads, tokens, width = query.shape[1:]
     groups = key.shape[1]
     shared = heads // groups
-    most = _tile_rows(shared, tokens)
+    most = min(TILE_ROWS, tokens)
     scale = 1 / math.sqrt(width) if scaling is None else scaling
     output = value.new_empty(tokens, groups, shared, value.shape[-1])
     later = torch.full((most, most), -torch.inf).triu(1)
@@ -83,8 +83,3 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
             probabilities.copy_(torch.softmax(scores, -1, out=softmax))
             output[start:end, group] = torch.mm(probabilities, values[:end]).view(shared, rows, -1).transpose(0, 1)
     return output.view(1, tokens, heads, -1)
-
-
-def _tile_rows(shared: int, tokens: int) -> int:
-    fewest, most = TILE_ROWS
-    return min(tokens, max(fewest, min(most, TILE_SCORES // (shared * tokens))))
