@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 64  # queries of a tile
+KEY_STEP = (
+    256  # values are read in multiples of this: the library that multiplies bfloat16 keeps a program for each shape
+)
 TOKENS, FEWEST_SHARED = range(128, 4097), 4  # elsewhere torch's kernel is as fast (docs/LOG.md)
 
 
@@ -69,17 +72,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float |
     output = value.new_empty(tokens, groups, shared, value.shape[-1])
     later = torch.full((most, most), -torch.inf).triu(1)
     # New memory for every tile would cost as much as the softmax.
-    room = [later.new_empty(shared * most * tokens) for _ in range(2)] + [value.new_empty(shared * most * tokens)]
+    scores_room, softmax_room = (later.new_empty(shared * most * tokens) for _ in range(2))
+    room = value.new_empty(shared * most * tokens)
     for group, queries in enumerate(query[0].split(shared)):
         keys, values = key[0, group].float().T, value[0, group]
         for start in range(0, tokens, most):
             end = min(start + most, tokens)
             rows = end - start
             size = shared * rows
-            scores, softmax, probabilities = (flat[: size * end].view(size, end) for flat in room)
+            scores, softmax = (flat[: size * end].view(size, end) for flat in (scores_room, softmax_room))
+            read = min(-(-end // KEY_STEP) * KEY_STEP, tokens)
+            probabilities = room[: size * read].view(size, read)
             tile = (queries[:, start:end].float() * scale).reshape(size, width)
             torch.mm(tile, keys[:, :end], out=scores)
             scores.view(shared, rows, end)[..., start:].add_(later[:rows, :rows])
-            probabilities.copy_(torch.softmax(scores, -1, out=softmax))
-            output[start:end, group] = torch.mm(probabilities, values[:end]).view(shared, rows, -1).transpose(0, 1)
+            probabilities[:, :end] = torch.softmax(scores, -1, out=softmax)
+            probabilities[:, end:] = 0
+            output[start:end, group] = torch.mm(probabilities, values[:read]).view(shared, rows, -1).transpose(0, 1)
     return output.view(1, tokens, heads, -1)
