@@ -30,8 +30,8 @@ PARTS = (
 )
 """Every part, in the order of the tables; the last one on a GPU only."""
 
-MERGING_FUNCTIONS = (("merge_step", MERGING), ("_restore", MERGING))
-"""Functions of `decoder_elva` that are no modules, and their part; `_restore` is what makes outputs of full length."""
+MERGING_FUNCTIONS = (("merge_step", MERGING), ("restore", MERGING), ("read_columns", MERGING))
+"""Functions in `decoder_elva` that are no modules, and their part; the last two give outputs of the input's length."""
 
 _ROOT, _MODULE, _FUNCTION = "elva profile", "elva module ", "elva function "
 _FRONT_END = ("vision", "visual", "projector", "patch_embed")  # parts of names, of whatever stands before a decoder

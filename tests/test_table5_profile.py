@@ -164,8 +164,8 @@ def slower(function, seconds=0.2):
     ("owner", "name", "part", "calls"),
     [
         (decoder_elva, "merge_step", "merging", 3),
-        (decoder_elva, "_restore", "merging", 1),
-        (decoder_elva, "_pack", "masks, packing, host", 1),
+        (decoder_elva, "read_columns", "merging", 1),
+        (decoder_elva, "pack_tokens", "masks, packing, host", 1),
         (embedding_elva, "segment_softmax", "front end: rest", 2),
     ],
 )
