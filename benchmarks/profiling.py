@@ -18,7 +18,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from elva_hf import decoder_elva
+from elva_hf import attention_elva, decoder_elva
 
 FRONT_LINEAR, FRONT_ATTENTION, FRONT_REST = "front end: linear", "front end: attention", "front end: rest"
 PROJECTIONS, ATTENTION, MLP, ELEMENTWISE = "projections", "attention", "MLP", "elementwise"
@@ -30,8 +30,13 @@ PARTS = (
 )
 """Every part, in the order of the tables; the last one on a GPU only."""
 
-MERGING_FUNCTIONS = (("merge_step", MERGING), ("restore", MERGING), ("read_columns", MERGING))
-"""Functions in `decoder_elva` that are no modules, and their part; the last two give outputs of the input's length."""
+FUNCTIONS = (
+    (attention_elva, "causal_attention", ATTENTION),
+    (decoder_elva, "merge_step", MERGING),
+    (decoder_elva, "restore", MERGING),
+    (decoder_elva, "read_columns", MERGING),
+)
+"""Functions that are no modules, where they are called, and their part; the last two give outputs of the input's length."""
 
 _ROOT, _MODULE, _FUNCTION = "elva profile", "elva module ", "elva function "
 _FRONT_END = ("vision", "visual", "projector", "patch_embed")  # parts of names, of whatever stands before a decoder
@@ -130,8 +135,8 @@ def named_ranges(model: nn.Module) -> Iterator[None]:
             label = f"{_MODULE}{name} {type(module).__name__}"
             undo.callback(module.register_forward_pre_hook(opens(label)).remove)
             undo.callback(module.register_forward_hook(close_range, always_call=True).remove)
-        for name, part in MERGING_FUNCTIONS:
-            undo.enter_context(mock.patch.object(decoder_elva, name, _in_range(getattr(decoder_elva, name), part)))
+        for owner, name, part in FUNCTIONS:
+            undo.enter_context(mock.patch.object(owner, name, _in_range(getattr(owner, name), part)))
         yield
 
 

@@ -194,14 +194,14 @@ def hooks_of(model):
 
 
 def test_nothing_is_left_of_the_ranges_even_after_an_error(scripts, setting):
-    original = {name: getattr(decoder_elva, name) for name, _ in scripts.profiling.MERGING_FUNCTIONS}
+    original = {name: getattr(owner, name) for owner, name, _ in scripts.profiling.FUNCTIONS}
     model = setting.pipelines()["elva"].build("cpu", torch.bfloat16, "sdpa")
     with pytest.raises(ZeroDivisionError), scripts.profiling.named_ranges(model):
         assert hooks_of(model) and decoder_elva.merge_step is not original["merge_step"]
         model.lm_head.forward = lambda *_: 1 / 0
         model.lm_head(torch.zeros(1))
     assert not hooks_of(model)
-    assert {name: getattr(decoder_elva, name) for name in original} == original
+    assert {name: getattr(owner, name) for owner, name, _ in scripts.profiling.FUNCTIONS} == original
 
 
 DECODER = [("", "ElvaForCausalLM"), ("model", "ElvaModel"), ("model.language_model.layers.3", "Qwen2DecoderLayer")]
@@ -217,6 +217,7 @@ PATCHES = [("model.patch_embed", "ElvaPatchEmbedding"), ("model.patch_embed.cros
         ([("", "ElvaForCausalLM")], "aten::slice", "masks, packing, host"),
         ([("model", "LlavaNextVideoModel")], "aten::masked_scatter", "masks, packing, host"),
         ([*DECODER[:2], ("merging", "")], "aten::matmul", "merging"),
+        ([*SELF_ATTENTION, ("attention", "")], "aten::mm", "attention"),
         (DECODER, "aten::add", "elementwise"),
         (DECODER, "", "masks, packing, host"),
         ([*DECODER, ("model.language_model.layers.3.input_layernorm", "Qwen2RMSNorm")], "aten::mul", "elementwise"),
