@@ -36,7 +36,7 @@ FUNCTIONS = (
     (decoder_elva, "restore", MERGING),
     (decoder_elva, "read_columns", MERGING),
 )
-"""Functions that are no modules, where they are called, and their part; the last two give outputs of the input's length."""
+"""Functions that are no modules, where they are called, and their part; two give outputs of the input's length."""
 
 _ROOT, _MODULE, _FUNCTION = "elva profile", "elva module ", "elva function "
 _FRONT_END = ("vision", "visual", "projector", "patch_embed")  # parts of names, of whatever stands before a decoder
