@@ -468,6 +468,7 @@ class ElvaForCausalLM(ElvaPreTrainedModel, ElvaGenerationMixin):
             logits_to_keep: Compute logits for the last so many positions, or for these positions; 0 for all.
                 In training mode with labels there are none: `(B, N, vocab)` would be most of the memory.
         """
+        needs_all = labels is not None or self.training  # guidance reads the states of patches
         outputs = self.model(
             input_ids=input_ids,
             pixel_values_videos=pixel_values_videos,
@@ -479,15 +480,13 @@ class ElvaForCausalLM(ElvaPreTrainedModel, ElvaGenerationMixin):
             use_cache=use_cache,
             merge_schedule=merge_schedule,
             output_merge_map=output_merge_map,
-            positions_to_keep=logits_to_keep if labels is None else 0,
+            positions_to_keep=0 if needs_all else logits_to_keep,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
         logits, loss = None, None
-        if labels is None:
-            logits = self.lm_head(hidden)
-        elif not self.training:
-            columns = _read_columns(logits_to_keep)
+        if labels is None or not self.training:
+            columns = _read_columns(logits_to_keep) if needs_all else None
             logits = self.lm_head(hidden if columns is None else hidden[:, columns])
         if labels is not None:
             shifted = kwargs.get("shift_labels")
