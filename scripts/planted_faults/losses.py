@@ -355,4 +355,11 @@ LOSS_TERMS = (
         "    return frame_clip",
         (GUIDANCE, "-k", "no_negatives"),
     ),
+    Fault(
+        "guidance without labels sees the last position alone",
+        "modeling_elva.py",
+        "needs_all = labels is not None or self.training",
+        "needs_all = labels is not None",
+        (TRAINER, "-k", "grad_cache_asks"),
+    ),
 )
