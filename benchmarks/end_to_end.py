@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from encoding import QUESTION, STAGES, byte_tokenizer, time_elva
-from measuring import RESULTS, markdown_table, provenance, ratio, run_in_fresh_process, spread, write_results
+from measuring import markdown_table, provenance, ratio, run_in_fresh_process, spread, write_results
 from numbered_clips import ClipSpec, describe_clip, make_clip
-from peers import SCHEDULES, merge_schedule
+from options import add_rounds, make_parser, usual_frames, usual_size
+from peers import merge_schedule
 from pipelines import ModelSetting, Row, Scale, make_scale
-from random_elva import SIZES, make_model
+from random_elva import make_model
 from table5_measuring import Stages
 from torch import Tensor, nn
 
@@ -185,20 +186,12 @@ def stages_table(rows: Sequence[Row]) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, help="the decoder: 0.5b on a CPU, 7b on CUDA")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--frames", type=int, nargs="+", help="frames of a clip: 16 on a CPU, on CUDA 32 64 128")
-    parser.add_argument("--merge-schedule", choices=SCHEDULES, default=SCHEDULES[0])
-    parser.add_argument("--processes", type=int, default=3, help="rounds, each row in a fresh process")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model; decoding has its own")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--attention", default="sdpa", help="attn_implementation")
+    """Read the command line; decoding has threads of its own."""
+    parser = make_parser(__doc__)
+    add_rounds(parser)
     parser.add_argument(
         "--clips", type=Path, default=Path(tempfile.gettempdir()) / "elva-clips", help="where to keep the clip"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     return parser.parse_args()
 
 
@@ -206,15 +199,14 @@ def main() -> None:
     """Measure everything and write the result files."""
     arguments = vars(parse_arguments())
     out, clips, frames = (arguments.pop(name) for name in ("out", "clips", "frames"))
-    on_gpu = arguments["device"] == "cuda"
-    setting = Setting(**{**arguments, "size": arguments["size"] or ("7b" if on_gpu else "0.5b")})
-    frames = sorted(frames or ((32, 64, 128) if on_gpu else (16,)))
+    setting = Setting(**{**arguments, "size": arguments["size"] or usual_size(arguments["device"])})
+    frames = sorted(set(frames or usual_frames(setting.device)))
     scale, path = make_scale(setting.size), make_clip(clips, setting.clip)
     about = ABOUT.format(
         **{**asdict(setting.clip), **asdict(setting)},
         hidden=scale.text.hidden_size,
         layers=scale.text.num_hidden_layers,
-        clock="wall time" if on_gpu else "process CPU time",
+        clock="wall time" if setting.device == "cuda" else "process CPU time",
         question=len(QUESTION),
     )
     result = {

@@ -18,13 +18,12 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from measuring import RESULTS, provenance, ratio, run_in_fresh_process, spread, write_results
-from peers import BASELINE, SCHEDULES
+from measuring import provenance, ratio, run_in_fresh_process, spread, write_results
+from options import add_choice_of_rows, add_rounds, choose_rows, make_parser, usual_frames, usual_size
+from peers import BASELINE
 from pipelines import Row
-from random_elva import SIZES
 from table5_flops import as_markdown as derived_markdown
 from table5_flops import count_row, derived_result, paper_number, table5_accounting
 from table5_measuring import Setting, run_pipeline
@@ -140,25 +139,17 @@ def measure(setting: Setting, names: Sequence[str], frames: Sequence[int], *, sc
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, help="the decoder: 0.5b on a CPU, 7b on CUDA and with --derived")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--frames", type=int, nargs="+", help="frames of a clip: 16 on a CPU, on CUDA 32 64 128")
+    parser = make_parser(__doc__)
+    add_rounds(parser)
+    add_choice_of_rows(parser)
     parser.add_argument("--batch-sizes", type=int, nargs="+", help="of generation: 1 on a CPU, on CUDA 1 4 16")
     parser.add_argument(
         "--batch-frames", type=int, nargs="+", help="frames at which batches of more than one run: the fewest"
     )
     parser.add_argument("--new-tokens", type=int, default=120, help="generated tokens, as in the paper; 0 for none")
-    parser.add_argument("--merge-schedule", choices=SCHEDULES, default=SCHEDULES[0])
     parser.add_argument("--cache-implementation", choices=("static",), help="of generation, for every row")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run; all by default")
     parser.add_argument("--scaling", action="store_true", help="ELVA's rows alone, 8 to 256 frames, no generation")
-    parser.add_argument("--derived", action="store_true", help="FLOPs from the shapes alone; runs nothing")
-    parser.add_argument("--processes", type=int, default=3, help="rounds, each row in a fresh process")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--attention", default="sdpa", help="attn_implementation")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--derived", action="store_true", help="FLOPs from the 7b shape alone; runs nothing")
     return parser.parse_args()
 
 
@@ -166,7 +157,7 @@ def make_setting(arguments: argparse.Namespace, frames: Sequence[int]) -> Settin
     """The setting that the options give."""
     on_gpu = arguments.device == "cuda"
     return Setting(
-        size=arguments.size or ("7b" if on_gpu else "0.5b"),
+        size=arguments.size or usual_size(arguments.device),
         device=arguments.device,
         dtype=arguments.dtype,
         attention=arguments.attention,
@@ -180,18 +171,6 @@ def make_setting(arguments: argparse.Namespace, frames: Sequence[int]) -> Settin
     )
 
 
-def choose_rows(wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The rows to run, in their usual order.
-
-    Raises:
-        SystemExit: A name is not known.
-    """
-    unknown = sorted(set(wanted or ()) - set(known))
-    if unknown:
-        raise SystemExit(f"--only {' '.join(unknown)}: not known here; choose from {' '.join(known)}.")
-    return [name for name in known if not wanted or name in wanted]
-
-
 def main() -> int:
     """Measure or derive, and write the result files; 1 if a row failed for another reason than memory."""
     arguments = parse_arguments()
@@ -202,7 +181,7 @@ def main() -> int:
         print(f"wrote {arguments.out / 'table5-flops'}.json and .md")
         return 0
     scaling = arguments.scaling
-    usual = SCALING_FRAMES if scaling else (32, 64, 128) if arguments.device == "cuda" else (16,)
+    usual = SCALING_FRAMES if scaling else usual_frames(arguments.device)
     frames = sorted(set(arguments.frames or usual))
     setting = make_setting(arguments, frames)
     known = ELVA_ROWS if scaling else tuple(setting.pipelines())

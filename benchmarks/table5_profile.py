@@ -15,13 +15,13 @@ import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from bar_chart import Bar, draw_bars
-from measuring import RESULTS, Meter, markdown_table, provenance, run_in_fresh_process, write_results
-from peers import SCHEDULES, make_pipelines
+from measuring import Meter, markdown_table, provenance, run_in_fresh_process, write_results
+from options import add_choice_of_rows, choose_rows, make_parser, usual_frames, usual_size
+from peers import make_pipelines
 from pipelines import ModelSetting, Pipeline, Row, make_scale
 from profiling import (
     ATTENTION,
@@ -39,8 +39,6 @@ from profiling import (
     WAITING,
     profile_call,
 )
-from random_elva import SIZES
-from table5_efficiency import choose_rows
 from table5_flops import count_row
 from table5_measuring import cache_figures, failure, first_tokens, pinned
 from torch import Tensor, nn
@@ -315,16 +313,8 @@ def draw_parts(result: Row) -> str | None:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, help="the decoder: 0.5b on a CPU, 7b on CUDA")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--frames", type=int, nargs="+", help="frames of a clip: 16 on a CPU, on CUDA 32 64 128")
-    parser.add_argument("--merge-schedule", choices=SCHEDULES, default=SCHEDULES[0])
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run; all by default")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--attention", default="sdpa", help="attn_implementation")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
+    parser = make_parser(__doc__)
+    add_choice_of_rows(parser)
     return parser.parse_args()
 
 
@@ -332,9 +322,9 @@ def main() -> int:
     """Profile and write the result files; 1 if a row failed for another reason than memory."""
     arguments = vars(parse_arguments())
     out, frames, only = (arguments.pop(name) for name in ("out", "frames", "only"))
-    on_gpu = arguments["device"] == "cuda"
-    setting = Setting(**{**arguments, "size": arguments["size"] or ("7b" if on_gpu else "0.5b")}, processes=1)
-    frames = sorted(set(frames or ((32, 64, 128) if on_gpu else (16,))))
+    device = arguments["device"]
+    setting = Setting(**{**arguments, "size": arguments["size"] or usual_size(device)}, processes=1)
+    frames = sorted(set(frames or usual_frames(device)))
     names = choose_rows(only, tuple(setting.pipelines()))
     stem = f"table5-profile-{setting.device}"
     for result in measure(setting, names, frames):
