@@ -187,20 +187,22 @@ def test_saving_and_loading_changes_nothing(tmp_path, variant):
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # read by PEFT
 def test_lora_goes_to_the_decoder_by_default(tmp_path):
     peft = pytest.importorskip("peft")
-    base = tiny_panda()
+    base = double_panda()
     inputs = shown(base, RAGGED, pixels)
     settings = peft.LoraConfig(modules_to_save=["patch_embed"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(copy.deepcopy(base), settings).train()
     adapted = {name for name, _ in model.named_parameters() if "lora_" in name}
     assert adapted and all("language_model.layers" in name for name in adapted)
-    trained = [p for p in model.parameters() if p.requires_grad]
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
-    torch.optim.SGD(trained, lr=0.1).step()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     model.eval().save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     expected = model(**inputs).logits
     assert not torch.allclose(expected, base(**inputs).logits)
-    torch.testing.assert_close(again(**inputs).logits, expected)
+    trained, loaded = dict(model.named_parameters()), dict(again.named_parameters())
+    assert trained.keys() == loaded.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())
+    assert_exact(again(**inputs).logits, expected)
 
 
 def test_pixels_of_another_model_are_refused(model):
