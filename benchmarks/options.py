@@ -10,6 +10,9 @@ from measuring import RESULTS
 from peers import SCHEDULES
 from random_elva import SIZES
 
+USUAL_DTYPE = "bfloat16"
+"""The dtype that the targets are stated for."""
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser of the options that all of them have."""
@@ -19,7 +22,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--frames", type=int, nargs="+", help="frames of a clip: 16 on a CPU, on CUDA 32 64 128")
     parser.add_argument("--merge-schedule", choices=SCHEDULES, default=SCHEDULES[0])
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--dtype", default=USUAL_DTYPE)
     parser.add_argument("--attention", default="sdpa", help="attn_implementation")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     return parser

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import Any
 
 from measuring import provenance, ratio, run_in_fresh_process, spread, write_results
-from options import add_choice_of_rows, add_rounds, choose_rows, make_parser, usual_frames, usual_size
+from options import USUAL_DTYPE, add_choice_of_rows, add_rounds, choose_rows, make_parser, usual_frames, usual_size
 from peers import BASELINE
 from pipelines import Row
 from table5_flops import as_markdown as derived_markdown
@@ -171,6 +171,13 @@ def make_setting(arguments: argparse.Namespace, frames: Sequence[int]) -> Settin
     )
 
 
+def file_stem(setting: Setting, *, scaling: bool) -> str:
+    """Name of the result files: what is not usual stands in it, so that no run replaces another kind of run."""
+    words = ["table5", *(["scaling"] if scaling else []), setting.device]
+    words += [setting.dtype] if setting.dtype != USUAL_DTYPE else []
+    return "-".join([*words, *([setting.cache_implementation] if setting.cache_implementation else [])])
+
+
 def main() -> int:
     """Measure or derive, and write the result files; 1 if a row failed for another reason than memory."""
     arguments = parse_arguments()
@@ -186,7 +193,7 @@ def main() -> int:
     setting = make_setting(arguments, frames)
     known = ELVA_ROWS if scaling else tuple(setting.pipelines())
     names = choose_rows(arguments.only, known)
-    stem = f"table5-{'scaling-' * scaling}{setting.device}{'-static' * bool(setting.cache_implementation)}"
+    stem = file_stem(setting, scaling=scaling)
     for result in measure(setting, names, frames, scaling=scaling):
         result["chart"] = f"{stem}.png" if draw_times(result, arguments.out / f"{stem}.png") else None
         write_results(arguments.out, stem, result, as_markdown(result))

@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from measuring import markdown_table
+from options import USUAL_DTYPE
 from peers import BASELINE, MATERIALISING
 from pipelines import Row
 
@@ -133,17 +134,17 @@ def growth(rounds: Rounds, name: str, few: int, many: int) -> float | None:
 
 
 def targets_of(setting: Row, rounds: Rounds, rows: Sequence[Row], *, scaling: bool = False) -> list[Row]:
-    """The targets that are stated for a size and device; none for others."""
-    place = (setting["size"], setting["device"])
+    """The targets that are stated for a size, device and dtype; none for others. Growth is judged in any dtype."""
+    place = (setting["size"], setting["device"], setting["dtype"])
     if setting["size"] == "tiny":
         return []
     if scaling:
         return scaling_targets(rounds)
     return (
         cpu_targets(rounds)
-        if place == ("0.5b", "cpu")
+        if place == ("0.5b", "cpu", USUAL_DTYPE)
         else gpu_targets(rounds, rows)
-        if place == ("7b", "cuda")
+        if place == ("7b", "cuda", USUAL_DTYPE)
         else []
     )
 

@@ -316,10 +316,14 @@ def fake_rounds(seconds, frames=16, peak=None):
     }
 
 
+ON_A_CPU = {"size": "0.5b", "device": "cpu", "dtype": "bfloat16"}
+ON_A_GPU = {"size": "7b", "device": "cuda", "dtype": "bfloat16"}
+
+
 def test_targets_are_met_or_missed_by_how_much(scripts):
     seconds = {"llava": 100.0, "llava-equal-tokens": 30.0, "gemma4-front-end": 1.0}
     seconds |= {"elva": 9.0, "elva+merge": 5.0, "elva+merge+hybrid": 1.2}
-    targets = scripts.targets.targets_of({"size": "0.5b", "device": "cpu"}, fake_rounds(seconds), [])
+    targets = scripts.targets.targets_of(ON_A_CPU, fake_rounds(seconds), [])
     verdicts = [(row["measured"], row["met"], row["missed_by"]) for row in targets[:5]]
     assert verdicts[0] == (0.09, True, None)
     assert verdicts[1] == (0.05, False, pytest.approx(1.0))
@@ -333,7 +337,7 @@ def test_targets_are_met_or_missed_by_how_much(scripts):
 def test_targets_of_rows_that_did_not_run_are_not_met(scripts):
     rounds = fake_rounds({"elva": 1.0})
     rounds["llava", 16] = [{"failed": "out of memory"}]
-    targets = scripts.targets.targets_of({"size": "0.5b", "device": "cpu"}, rounds, [])
+    targets = scripts.targets.targets_of(ON_A_CPU, rounds, [])
     assert {row["met"] for row in targets} == {None}
     assert "not measured" in scripts.targets.targets_table(targets)
 
@@ -345,7 +349,7 @@ def test_savings_on_a_gpu_are_at_least_what_they_should_be(scripts):
     )
     rounds["elva+merge", 128] = [{"merge_share": 0.02, "seconds": 1.0}]
     rows = [{"pipeline": "elva", "frames": 128, "prefill_utilisation": 0.45}]
-    targets = scripts.targets.targets_of({"size": "7b", "device": "cuda"}, rounds, rows)
+    targets = scripts.targets.targets_of(ON_A_GPU, rounds, rows)
     assert find(targets, what="128 frames: prefill over the matmul peak, elva")["missed_by"] == pytest.approx(0.1)
     assert find(targets, what="32 frames: total memory saved, elva+merge+hybrid, llava-all-logits")["measured"] == 0.7
     assert find(targets, what="128 frames: merge steps over prefill, elva+merge")["met"]
@@ -356,10 +360,28 @@ def test_growth_is_judged_from_32_to_256_frames(scripts, tmp_path):
     rounds = {}
     for frames, plain in ((8, 1.0), (32, 4.0), (256, 40.0)):
         rounds |= fake_rounds({"elva": plain, "elva+merge": 0.5 * frames / 8, "elva+merge+hybrid": 0.1}, frames)
-    targets = scripts.targets.targets_of({"size": "0.5b", "device": "cpu"}, rounds, [], scaling=True)
+    targets = scripts.targets.targets_of(ON_A_CPU, rounds, [], scaling=True)
     assert not find(targets, what="elva: time at 256 frames / at 32")["met"]
     assert find(targets, what="elva+merge: time at 256 frames / at 32")["measured"] == 8.0
     assert find(targets, what="8 frames: time, elva+merge / elva")["met"]
+
+
+@pytest.mark.parametrize("place", [ON_A_CPU, ON_A_GPU], ids=["cpu", "cuda"])
+def test_what_is_stated_for_bfloat16_is_not_judged_in_float32(scripts, place):
+    rounds = {("elva", count): [{"seconds": seconds}] for count, seconds in ((32, 1.0), (256, 9.0))}
+    assert scripts.targets.targets_of(place, rounds, [])
+    assert not scripts.targets.targets_of({**place, "dtype": "float32"}, rounds, [])
+    (growth,) = [row for row in scripts.targets.targets_of(place, rounds, [], scaling=True) if row["bound"] == 8.0]
+    assert growth["measured"] == 9.0
+
+
+def test_no_run_replaces_the_files_of_another_kind(scripts, setting):
+    def stem(scaling=False, **changes):
+        return scripts.main.file_stem(replace(setting, dtype="bfloat16", **changes), scaling=scaling)
+
+    assert (stem(), stem(scaling=True), stem(device="cuda")) == ("table5-cpu", "table5-scaling-cpu", "table5-cuda")
+    static = replace(setting, dtype="float32", cache_implementation="static")
+    assert scripts.main.file_stem(static, scaling=False) == "table5-cpu-float32-static"
 
 
 def test_growth_is_measured_for_elva_alone(scripts, tmp_path):
