@@ -91,8 +91,11 @@ def describe_device(device: str) -> str:
     """The kind of device, without the name of a machine."""
     if device == "cuda":
         return torch.cuda.get_device_name()
+    from elva_hf.training.precision import cpu_multiplies_bfloat16  # peers import this module without ours
+
     kind = {"x86_64": "x86", "AMD64": "x86", "aarch64": "Arm", "arm64": "Arm"}.get(platform.machine(), "")
-    return f"{os.cpu_count()}-core {kind} CPU".replace("  ", " ")
+    lacks = "" if cpu_multiplies_bfloat16() else " without bfloat16"
+    return f"{os.cpu_count()}-core {kind} CPU".replace("  ", " ") + lacks
 
 
 def provenance(device: str) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from elva_hf.modeling_elva import ElvaForCausalLM
 from elva_hf.training.guidance import GuidanceHook
 from elva_hf.training.losses import generative_loss
 from elva_hf.training.muon import MuonWithAdamW
+from elva_hf.training.precision import faster_dtype
 from elva_hf.training.toy import build_config
 
 CLIP_NORM = 1.0
@@ -287,7 +288,8 @@ def _step(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def _autocast(batch: dict[str, Tensor]) -> torch.autocast:
-    return torch.autocast(batch["input_ids"].device.type, torch.bfloat16)
+    device = batch["input_ids"].device
+    return torch.autocast(device.type, torch.bfloat16, enabled=faster_dtype(device) == torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import torch
 from tiny_elva import tiny_model
 
 from elva_hf.errors_elva import ConfigurationError
-from elva_hf.training.muon import MuonWithAdamW
+from elva_hf.training import precision
+from elva_hf.training.muon import MuonWithAdamW, _Muon, orthogonalize
 
 
 def step(model, optimizer, seed):
@@ -64,3 +65,41 @@ def test_a_state_that_is_loaded_goes_on_as_the_one_that_was_saved():
 def test_a_model_without_layers_is_refused():
     with pytest.raises(ConfigurationError, match="no layer"):
         MuonWithAdamW(torch.nn.Linear(2, 2), 1e-3, 1e-2)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (24, 8), (8, 24)])
+def test_an_update_is_that_of_torch(shape):
+    torch.manual_seed(1)
+    matrix = torch.randn(shape)
+    weight = torch.nn.Parameter(torch.zeros(shape))
+    theirs = torch.optim.Muon([weight], lr=1.0, momentum=0.0, nesterov=False, weight_decay=0.0)
+    weight.grad = matrix
+    theirs.step()
+    [group] = theirs.param_groups
+    ours = orthogonalize(matrix.bfloat16(), group["ns_coefficients"], group["ns_steps"], group["eps"])
+    expected = -weight.detach() / max(1.0, shape[0] / shape[1]) ** 0.5
+    torch.testing.assert_close(ours.float(), expected, rtol=0.0, atol=0.01)
+    exact = orthogonalize(matrix.double(), group["ns_coefficients"], group["ns_steps"], group["eps"])
+    assert (ours - exact).abs().max() < 0.05
+    values = torch.linalg.svdvals(exact)
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_muon_is_torchs_whether_or_not_the_cpu_multiplies_bfloat16(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    torch.manual_seed(2)
+    ours, theirs = (torch.nn.Parameter(torch.ones(24, 8)) for _ in range(2))
+    options = {"lr": 0.1, "momentum": 0.95, "weight_decay": 0.5, "adjust_lr_fn": "original"}
+    pair = _Muon([ours], **options), torch.optim.Muon([theirs], **options)
+    for _ in range(3):
+        ours.grad = torch.randn(24, 8)
+        theirs.grad = ours.grad.clone()
+        for optimizer in pair:
+            optimizer.step()
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=0.0 if has_bfloat16 else 0.01)
+    assert torch.equal(ours, theirs) == has_bfloat16
+    states = [optimizer.state_dict()["state"][0] for optimizer in pair]
+    assert (
+        torch.equal(states[0]["momentum_buffer"], states[1]["momentum_buffer"]) and states[0].keys() == states[1].keys()
+    )

@@ -35,6 +35,7 @@ from elva_hf.modeling_elva import ElvaForCausalLM, add_special_tokens
 from elva_hf.processing_elva import ElvaProcessor
 from elva_hf.training.losses import patch_alignment_loss, tube_alignment_loss, tubes_of_patches
 from elva_hf.training.muon import MuonWithAdamW
+from elva_hf.training.precision import faster_dtype
 from elva_hf.training.toy_recipe import ToyStage, read_recipe
 from elva_hf.video_processing_elva import patchify
 
@@ -286,7 +287,7 @@ def run_stage(model: ElvaForCausalLM, stage: ToyStage, recipe: dict[str, Any], t
         adam_beta2=0.98,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=faster_dtype("cuda" if torch.cuda.is_available() else "cpu") == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=100,
         save_strategy="no",
