@@ -376,6 +376,16 @@ def test_a_package_that_is_missing_is_named_with_what_installs_it(tmp_path, monk
         run.training_arguments(stage, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("bf16", "has_bfloat16", "warned"), [("true", False, True), ("true", True, False), ("false", False, False)]
+)
+def test_bfloat16_on_a_cpu_without_it_is_pointed_out(tmp_path, monkeypatch, caplog, bf16, has_bfloat16, warned):
+    monkeypatch.setattr(run, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    (stage,) = read_recipe(write(tmp_path), ["training.use_cpu=true", f"training.bf16={bf16}"]).stages
+    assert run.training_arguments(stage, tmp_path).bf16 == (bf16 == "true")
+    assert ("training.bf16=false" in caplog.text) == warned
+
+
 def test_an_error_of_a_process_that_loads_data_is_one_line(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "red"}]}]
     rows += [{**rows[0], "messages": [{**rows[0]["messages"][0], "content": [{"type": "video", "path": "no.mp4"}]}]}]
