@@ -1,8 +1,9 @@
 """Trains one variant on a world, and says what it can answer on the way.
 
 A loop of its own on `ElvaForCausalLM`, with the package's rows, packing and guidance: bf16 autocast (none on a CPU
-without products of such matrices), a learning rate that is flat after its warm-up and falls linearly at the end. Which videos and questions a step holds depends on the
-seed, the step, the budget and the order that the variant's phases give, and on nothing else of the variant.
+without products of such matrices), a learning rate that is flat after its warm-up and falls linearly at the end. Which
+videos and questions a step holds depends on the seed, the step, the budget and the order that the variant's phases
+give, and on nothing else of the variant.
 """
 
 from __future__ import annotations
