@@ -247,3 +247,16 @@ def test_mavors_needle_grid_is_filled_by_chunks(scripts, tmp_path, tokenizer):
     assert page == grid.make_page(json.loads((tmp_path / "needle-grid-mavors.json").read_text()))
     assert "| all patches | 8 (2 chunks) |" in page and "](needle-grid-mavors.png)" in page
     assert (tmp_path / "needle-grid-mavors.png").exists()
+
+
+# What is published
+
+PUBLISHED = {"siblings": "siblings", "mavors-order": "mavors_order"}
+PUBLISHED |= {name: "claims_needle_grid" for name in ("needle-grid", "needle-grid-mavors")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_page_is_made_from_its_published_numbers(scripts, name):
+    results = BENCHMARKS / "results"
+    result = json.loads((results / f"{name}.json").read_text())
+    assert (results / f"{name}.md").read_text() == getattr(scripts, PUBLISHED[name]).make_page(result)
