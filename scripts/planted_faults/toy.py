@@ -81,6 +81,13 @@ TOY = (
         ("tests/training/test_run.py", "-k", "pointed_out"),
     ),
     Fault(
+        "elva doctor praises bfloat16 where there is none",
+        "cli/machine.py",
+        'yield "bfloat16", "usable" if cpu_multiplies_bfloat16() else slow',
+        'yield "bfloat16", "usable"',
+        ("tests/cli/test_cli.py", "-k", "doctor_says"),
+    ),
+    Fault(
         "patch alignment does not weigh",
         "training/losses.py",
         "return (errors * weights).sum() / weights.sum()",

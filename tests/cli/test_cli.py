@@ -22,6 +22,7 @@ from elva_hf.data.toy_tokenizer import build_toy_tokenizer
 from elva_hf.data.toy_world import TASKS
 from elva_hf.evaluation import toy_world
 from elva_hf.evaluation.toy_world import HELD_OUT_TASKS, read_scores
+from elva_hf.training import precision
 from elva_hf.training.lora import LoraOptions, add_lora
 from elva_hf.training.toy import build_model, build_processor, save
 from elva_hf.training.toy_recipe import read_recipe
@@ -190,6 +191,13 @@ def test_doctor_shows_what_matters():
     text = succeeds("doctor")
     for word in ("python", "torch", "transformers", "FFmpeg", "h264", "webm", "sdpa", "torchcodec", "memory", "tiny"):
         assert word in text
+
+
+@pytest.mark.parametrize(("has_bfloat16", "told"), [(True, "usable"), (False, "load and train in float32")])
+def test_doctor_says_whether_the_cpu_multiplies_bfloat16(monkeypatch, has_bfloat16, told):
+    monkeypatch.setattr(precision, "cpu_multiplies_bfloat16", lambda: has_bfloat16)
+    (line,) = [line for line in succeeds("doctor").splitlines() if line.split()[:1] == ["bfloat16"]]
+    assert told in line
 
 
 def test_mistakes_with_the_video_are_one_line(folder, clip, tmp_path):

@@ -101,9 +101,13 @@ def _flash_lacks(flash: bool, cuda: bool) -> str:
 def _hardware() -> Iterator[tuple[str, str]]:
     import torch
 
+    from elva_hf.training.precision import cpu_multiplies_bfloat16
+
     if hasattr(os, "sysconf"):
         yield "memory", f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GIB:.1f} GiB"
     yield "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
+    slow = "no products of bfloat16 matrices on the CPU; load and train in float32 there, some ten times faster"
+    yield "bfloat16", "usable" if cpu_multiplies_bfloat16() else slow
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{device.name}, {device.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}"
