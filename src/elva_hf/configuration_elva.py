@@ -221,6 +221,11 @@ class VideoDecoderConfig(PreTrainedConfig):
         return FrameLayout()
 
     @property
+    def input_similarity_threshold(self) -> float | None:
+        """Above which similarity patches merge before the decoder, whatever its schedule; None if none do."""
+        return None
+
+    @property
     def pixels_per_token(self) -> int:
         """Width of a row of `pixel_values_videos`: all values of the pixels that one visual token stands for."""
         return 3 * self.patch_size**2
