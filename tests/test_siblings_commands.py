@@ -124,6 +124,36 @@ def test_show_draws_what_merged(place, tmp_path, monkeypatch, name, source):
     assert abs(float(plain.mean()) - sum(float(frame.mean()) for frame in view.frames) / len(grids)) < 12
 
 
+def test_show_draws_what_mavors_merged_before_its_decoder(place, tmp_path, monkeypatch):
+    from elva_hf.cli import showing
+
+    drawn = []
+    monkeypatch.setattr(showing, "write", lambda view, out: drawn.append(view))
+    folder = shutil.copytree(place / "mavors", tmp_path / "mavors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "chunk_similarity_threshold": -0.999}))
+    options = ("--out", tmp_path / "merge.png", "--model", folder, "--device", "cpu")
+    ratio = ("--merge-schedule", '{"steps": [{"layer": 2, "target_ratio": 0.5}], "survivor": "first"}')
+    alone = succeeds("show", place / "clip.mp4", *options)
+    both = succeeds("show", place / "clip.mp4", *options, *ratio, "--step", 0)
+    last = succeeds("show", place / "clip.mp4", *options, *ratio)
+    first, again, decoder = drawn
+    for view in drawn:  # everything may merge: the first chunk has all tokens, and the schedule finds nothing left
+        assert view.num_kept == view.fates[0].kept.size == view.num_patches - view.merged_before > 0
+        assert view.longest == len(view.fates) > 1
+        assert all((fates.shifts == -number).all() for number, fates in enumerate(view.fates))
+    assert first.layer == again.layer == 0 and decoder.layer == 2 and first.steps == {0: "similarity > -0.999"}
+    before, after = first.input_tokens, first.layer_tokens[0]
+    assert before - after == first.merged_before and first.layer_tokens == [after] * 6
+    step = f"0    before layer 0, similarity > -0.999: {before} -> {after} tokens"
+    assert rows(alone, "step") == [step]
+    assert rows(both, "step") == rows(last, "step") == [step, f"1    at layer 2, keep 50 %: {after} -> {after} tokens"]
+    assert rows(alone, "shown")[0].endswith(" after the merge before the decoder")
+    assert "--step 1: this model and its merge schedule have steps 0 to 0" in fails(
+        "show", place / "clip.mp4", *options, "--step", 1
+    )
+
+
 def test_the_pixels_of_a_chunk_are_the_mean_of_its_frames():
     pixels = torch.arange(12.0).view(4, 3)
     numbers = [0, 1, 2, 0]  # a token of three frames, and one of one

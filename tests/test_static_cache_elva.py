@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from generating import BEAMS, GREEDY, NEW
+from mavors_models import film, mavors_model, sample_inputs
 from merging_cases import BUSY, LAYERS, MIXED, SCHEDULES, deep_model, double_model, movie, movies, positions, without
 from tiny_elva import batch, words
 from torch._dynamo.testing import CompileCounter
@@ -157,6 +158,31 @@ def test_a_compiled_step_is_one_graph_for_all_steps(model, samples, schedule):
         torch.testing.assert_close(static.logits, plain.logits, rtol=0, atol=1e-9)
         token = plain.logits.argmax(-1)
     assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_a_compiled_step_serves_prompts_that_merged_otherwise_before_the_decoder():
+    """Mavors' own compression: layer 0 then holds less than the prompt, by a number that is each prompt's own."""
+    torch._dynamo.reset()
+    model, counter, merged = mavors_model(chunk_similarity_threshold=0.8), CompileCounter(), set()
+    step = torch.compile(model.__call__, backend=counter, fullgraph=True)
+    for change in (1.0, 0.8, 0.2):  # chunks ever more alike
+        inputs = sample_inputs([words(3), film(4, 4, 4, 4), words(4, 2)], change=change)
+        plain = model(**inputs, use_cache=True)
+        static = model(**inputs, past_key_values=static_cache(model, inputs))
+        merged.add(static.past_key_values.layers[0].merged)
+        mask, token = inputs["attention_mask"], plain.logits[:, -1:].argmax(-1)
+        for _ in range(2):
+            mask = grown(mask, 1)
+            given = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": True, "logits_to_keep": 1}
+            plain, static = (
+                run(**model.prepare_inputs_for_generation(token, 1, out.past_key_values, **given))
+                for run, out in ((model, plain), (step, static))
+            )
+            torch.testing.assert_close(static.logits, plain.logits, rtol=0, atol=1e-4)
+            token = plain.logits.argmax(-1)
+        assert int(static.past_key_values.get_seq_length()) == mask.shape[1]
+    assert len(merged) == 3 and counter.frame_count == 1
 
 
 GRAPHS = []

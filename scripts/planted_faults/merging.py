@@ -328,6 +328,13 @@ MERGING = (
         (STATIC, "-k", "every_step"),
     ),
     Fault(
+        "a compiled step reads how many tokens merged as a number of the host",
+        "static_cache_elva.py",
+        "return self.cumulative_length + self.lag if",
+        "return self.cumulative_length + self.merged if",
+        (STATIC, "-k", "merged_otherwise"),
+    ),
+    Fault(
         "beams leave the masks of a static cache behind",
         "static_cache_elva.py",
         "for record in (self.keys, self.values, self.key_mask, self.survivors, self.frame_index):",

@@ -19,6 +19,13 @@ RECIPES = (
         (RECIPE, "-k", "wrong_field"),
     ),
     Fault(
+        "the plan of frames by the second takes the model's own number",
+        "configuration_elva.py",
+        '        if "fps" in options:\n            return None\n',
+        "",
+        (RECIPE, "-k", "have_no_most"),
+    ),
+    Fault(
         "overrides are text",
         "training/reading.py",
         'return _convert(_from_text(value, hint), hint, where, ".".join(keys))',

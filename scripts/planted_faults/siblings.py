@@ -13,6 +13,8 @@ COMPRESSION = "tests/test_mavors_compression.py"
 MAVORS = "tests/test_mavors_model.py"
 ROWS = "tests/test_mavors_processing.py"
 STAGES = "tests/test_mavors_training.py"
+COMMANDS = "tests/test_siblings_commands.py"
+PICTURES = "tests/viz/test_merging.py"
 
 _PANDA = "siblings/video_panda/"
 _MAVORS = "siblings/mavors/"
@@ -283,6 +285,27 @@ SIBLINGS = (
         "        if compressed is not None:\n",
         "        if False:\n",
         (MAVORS, "-k", "compression_is_exact or what_compression_left"),
+    ),
+    Fault(
+        "elva show is blind to what merged before the decoder",
+        "cli/showing.py",
+        '{0: f"similarity > {input_threshold:g}"}',
+        "{}",
+        (COMMANDS, "-k", "mavors_merged_before"),
+    ),
+    Fault(
+        "what merged before the decoder was never among the tokens",
+        "cli/showing.py",
+        "merge_map.survivors[step].shape[1] - layer_tokens[0]",
+        "0",
+        (COMMANDS, "-k", "mavors_merged_before"),
+    ),
+    Fault(
+        "patches that merged before the decoder taken for text",
+        "viz/merging.py",
+        "view.input_tokens - view.num_patches",
+        "view.layer_tokens[0] - view.num_kept",
+        (PICTURES, "-k", "merged_before"),
     ),
     Fault(
         "DPO forgets the reference",

@@ -207,10 +207,12 @@ class VideoDecoderConfig(PreTrainedConfig):
         side = longest_edge // self.patch_size
         return side, side
 
-    def frame_counts(self, options: Mapping[str, Any]) -> tuple[int, int]:
-        """High- and low-resolution frames of a long video that is read with these options of a processor."""
+    def frame_counts(self, options: Mapping[str, Any]) -> tuple[int, int] | None:
+        """High- and low-resolution frames of a long video read with these options of a processor; None by `fps`."""
         if "num_frames" in options:
             return options["num_frames"], 0
+        if "fps" in options:
+            return None
         names = ("num_high_res_frames", "num_low_res_frames")
         high, low = (options.get(name, getattr(self, name)) for name in names)
         return high, low
@@ -219,6 +221,11 @@ class VideoDecoderConfig(PreTrainedConfig):
     def frame_layout(self) -> FrameLayout:
         """Which tokens a frame has beside its patches."""
         return FrameLayout()
+
+    @property
+    def input_similarity_threshold(self) -> float | None:
+        """Above which similarity patches merge before the decoder, whatever its schedule; None if none do."""
+        return None
 
     @property
     def pixels_per_token(self) -> int:

@@ -25,6 +25,7 @@ class ElvaStaticLayer(StaticLayer):
         starts_stage: Whether a merge, or the decoder itself, stands before this layer.
         key_mask: `(B, max_cache_len)` bool, False for a hole and for what is to come. On a stage's first layer only.
         merged: Tokens seen minus columns held.
+        lag: The same on the device: a compiled step, which would be compiled again for another number, reads this.
         survivors: As in `ElvaDynamicLayer`.
         frame_index: Likewise.
     """
@@ -33,6 +34,7 @@ class ElvaStaticLayer(StaticLayer):
         super().__init__(max_cache_len, **kwargs)
         self.starts_stage = False
         self.merged = 0
+        self.lag = torch.tensor(0)
         self.key_mask: Tensor | None = None
         self.survivors: Tensor | None = None
         self.frame_index: Tensor | None = None
@@ -48,6 +50,8 @@ class ElvaStaticLayer(StaticLayer):
         frozen.values[:, :, :columns] = layer.values
         for name in ("starts_stage", "merged", "survivors", "frame_index"):
             setattr(frozen, name, getattr(layer, name))
+        frozen.lag = torch.full((), layer.merged, dtype=torch.long, device=device)
+        torch._dynamo.mark_static_address(frozen.lag)
         if layer.starts_stage:
             frozen.key_mask = torch.zeros(len(layer.keys), frozen.max_cache_len, dtype=torch.bool, device=device)
             frozen.key_mask[:, :columns] = True if layer.key_mask is None else layer.key_mask
@@ -56,7 +60,7 @@ class ElvaStaticLayer(StaticLayer):
 
     def get_seq_length(self) -> Tensor | int:
         """Logical length: tokens seen, merged ones included; a tensor, as reading it would wait for the device."""
-        return self.cumulative_length + self.merged if self.is_initialized else 0
+        return self.cumulative_length + self.lag if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         """Most tokens the layer can have seen."""
@@ -71,6 +75,7 @@ class ElvaStaticLayer(StaticLayer):
     def reset(self) -> None:
         """Empty the layer; its buffers stay."""
         super().reset()
+        self.lag.zero_()
         self.merged, self.survivors, self.frame_index = 0, None, None
         if self.key_mask is not None:
             self.key_mask.zero_()

@@ -153,6 +153,22 @@ def test_tokens_of_a_step_are_those_of_the_ledger():
     assert plan.tokens == 16 * 273 + 2
 
 
+def test_frames_by_the_second_have_no_most(tmp_path):
+    """The model's own number of frames says nothing then, and neither does the length of a video."""
+    frames = ["video.longest_edge=32", "video.low_res_longest_edge=32"]
+    (counted,) = plan_recipe(read_recipe(write(tmp_path), [*frames, "video.num_frames=3"]))
+    (timed,) = plan_recipe(read_recipe(write(tmp_path), [*frames, "video.fps=2.5"]))
+    (faster,) = plan_recipe(read_recipe(write(tmp_path), [*frames, "video.fps=5"]))
+    each, positions = (counted.tokens - 2) // 3, timed.config.text_config.max_position_embeddings
+    lines = list(timed.lines())
+    assert timed.tokens is None and "at most" not in "\n".join(lines)
+    assert f"tokens    {2.5 * each:g} for each second of a video (2.5 square frames of {each}), no most" in lines
+    assert any(f"with videos that fill the model's {positions} positions: one GPU" in line for line in lines)
+    most = (positions - 256) // each
+    (filled,) = plan_recipe(read_recipe(write(tmp_path), [*frames, f"video.num_frames={most}"]))
+    assert timed.bytes_by_strategy == faster.bytes_by_strategy == filled.bytes_by_strategy != counted.bytes_by_strategy
+
+
 def test_parameters_are_counted_by_part_and_freezing_is_data(tmp_path):
     whole = plan_recipe(read_recipe(write(tmp_path)))[0]
     front = plan_recipe(read_recipe(write(tmp_path), ["trainable=[patch_embed]"]))[0]

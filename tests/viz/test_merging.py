@@ -246,6 +246,19 @@ def test_the_layer_plot_marks_the_steps_and_the_tokens_after_them(texts):
     assert columns_of(picture, viz.ACCENT)[other] < 20
 
 
+def test_the_layer_plot_shows_what_merged_before_the_decoder(texts):
+    picture = Image.new("RGB", (400, 400))
+    steps = {0: "similarity > 0.8", 2: "keep 50 %"}
+    tokens = {"layer_tokens": [92, 92, 72, 72], "merged_before": 60}
+    one = view(((10, 10), (1, 1)), {}, **tokens, steps=steps, layer=0)
+    viz.draw_layers(ImageDraw.Draw(picture), (0, 0, 400, 400), one)
+    assert {"152 tokens", "similarity > 0.8: 92", "keep 50 %: 72"} <= set(texts)
+    colors = (viz.OTHERS, viz.PATCHES, viz.RULE)
+    heights = np.array([columns_of(picture, color)[16 + round(368 / 8)] for color in colors])
+    assert np.allclose(heights / heights.sum(), np.array([51, 41, 60]) / 152, atol=0.02)
+    assert one.summary == "101 of 101 patches left (100%) after the merge before the decoder"
+
+
 def test_the_layer_plot_of_a_deep_model_with_many_steps_fits_its_panel(texts):
     steps = {layer: "keep 90 %" for layer in range(1, 80, 4)}
     deep = view(layer_tokens=[52] * 80, steps=steps)

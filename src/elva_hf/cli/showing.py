@@ -38,7 +38,10 @@ def show(
     ] = None,
     merge_schedule: loading.MergeSchedule = None,
     step: Annotated[
-        int | None, typer.Option(metavar="N", help="Show merge step N of the schedule, from 1; the last if not given.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Merge step to show, from 1; 0 is what merged before the decoder. The last if not given."
+        ),
     ] = None,
     *,
     options: dict[str, Any],
@@ -56,7 +59,8 @@ def show(
     config, processor = loading.load_config(checkpoint), loading.load_processor(checkpoint)
     given = config.merge_schedule if merge_schedule is None else loading.read_merge_schedule(merge_schedule)
     schedule = config.resolve_merge_schedule(given)
-    number = _check_step(step, schedule)
+    steps = _describe_steps(config.input_similarity_threshold, schedule)
+    layer = _check_step(step, list(steps))
     with busy(f"decoding {video}"):
         inputs = encode(processor, video, question, options, config.get_text_config().max_position_embeddings)
     frames, (sampled,) = inputs.pop("frames"), inputs["video_metadata"]
@@ -67,7 +71,7 @@ def show(
         answer = None if question is None else _answer(pipe, inputs, schedule)
     name = given if isinstance(given, str) else f"of {len(schedule.steps)} step{'s'[: len(schedule.steps) > 1]}"
     head = (f"{Path(video).name} · merge schedule {name}", *(() if answer is None else (f'"{question}" - "{answer}"',)))
-    view = build_view(frames, sampled, merge_map, layer_tokens, schedule, number, head)
+    view = build_view(frames, sampled, merge_map, layer_tokens, steps, layer, head)
     with busy(f"writing {out}"):
         write(view, out)
     asked = [] if answer is None else [f"question  {question}", f"answer    {answer}"]
@@ -132,31 +136,33 @@ def build_view(
     sampled: SampledVideo,
     merge_map: MergeMap,
     layer_tokens: list[int],
-    schedule: MergeSchedule,
-    number: int,
+    steps: dict[int, str],
+    layer: int,
     head: tuple[str, ...],
 ) -> MergeView:
-    """Put together what a picture shows of merge step `number`, counted from 0."""
+    """Put together what a picture shows of the merge at a layer of `steps`; 0 for before the decoder."""
     from elva_hf.viz.merging import MergeView, read_fates
 
-    step = merge_map.layers.index(schedule.steps[number].layer)  # a model may have merged before its decoder
+    step = merge_map.layers.index(layer)
     return MergeView(
         frames=frames,
         fates=read_fates(merge_map, shown_grids(sampled), step, layout=sampled.layout),
         captions=_captions(sampled),
         layer_tokens=layer_tokens,
-        steps={step.layer: _describe(step, schedule) for step in schedule.steps},
-        layer=schedule.steps[number].layer,
+        steps=steps,
+        layer=layer,
         title=head[0],
         notes=head[1:],
+        merged_before=merge_map.survivors[step].shape[1] - layer_tokens[0],
     )
 
 
 def describe(view: MergeView) -> Iterator[str]:
     """What each step did, and what is shown."""
     tokens = view.layer_tokens
-    for number, (layer, what) in enumerate(view.steps.items(), start=1):
-        yield f"{f'step {number}':<10}at layer {layer}, {what}: {tokens[layer - 1]} -> {tokens[layer]} tokens"
+    for number, (layer, what) in enumerate(view.steps.items(), start=0 if 0 in view.steps else 1):
+        where, before = (f"at layer {layer}", tokens[layer - 1]) if layer else ("before layer 0", view.input_tokens)
+        yield f"{f'step {number}':<10}{where}, {what}: {before} -> {tokens[layer]} tokens"
     yield f"shown     {view.summary}"
 
 
@@ -186,19 +192,22 @@ def write_film(pages: Iterable[Image], out: Path) -> None:
         container.mux(stream.encode())
 
 
-def _check_step(step: int | None, schedule: MergeSchedule) -> int:
-    """Index of the merge step to show."""
+def _check_step(step: int | None, layers: list[int]) -> int:
+    """Layer before which the merge to show was; 0 is none of the schedule's."""
     from elva_hf.schedule_elva import PRESETS
 
-    if not schedule:
+    if not layers:
         names = ", ".join(name for name in PRESETS if name != "none")
         raise ConfigurationError(
             "with this merge schedule (none) no tokens merge, so there is nothing to show; "
             f"choose one with --merge-schedule: {names}, or steps as JSON."
         )
-    if step is not None and not 1 <= step <= len(schedule.steps):
-        raise ConfigurationError(f"--step {step}: the merge schedule has steps 1 to {len(schedule.steps)}.")
-    return len(schedule.steps) - 1 if step is None else step - 1
+    numbered = dict(enumerate(layers, start=0 if layers[0] == 0 else 1))
+    if step is not None and step not in numbered:
+        first, last = min(numbered), max(numbered)
+        what = "the merge schedule has steps" if first else "this model and its merge schedule have steps"
+        raise ConfigurationError(f"--step {step}: {what} {first} to {last}.")
+    return layers[-1] if step is None else numbered[step]
 
 
 def _answer(pipe: ElvaPipeline, inputs: dict[str, Any], schedule: MergeSchedule) -> str:
@@ -216,6 +225,12 @@ def _captions(sampled: SampledVideo) -> list[str]:
     """Time of each picture, of a chunk that of its first frame."""
     count, times = len(shown_grids(sampled)), (sampled.times or ())[:: sampled.layout.chunk_size]
     return [f"{time:.2f} s" for time in times] if len(times) == count else [""] * count
+
+
+def _describe_steps(input_threshold: float | None, schedule: MergeSchedule) -> dict[int, str]:
+    """What each merge does, by the layer before which it is; 0 for what merges before the decoder."""
+    before = {} if input_threshold is None else {0: f"similarity > {input_threshold:g}"}
+    return before | {step.layer: _describe(step, schedule) for step in schedule.steps}
 
 
 def _describe(step: MergeStep, schedule: MergeSchedule) -> str:

@@ -39,7 +39,8 @@ class StagePlan:
         config: Of the model; None if neither it nor its shape is known.
         trained: Parameters that train, by part.
         frozen: Parameters that do not.
-        tokens: Of a video of square frames, without text: the most it can have; None without a configuration.
+        tokens: Of a video of square frames, without text: the most it can have; None without a configuration, or
+            where `video.fps` sets no most.
         bytes_by_strategy: Estimated peak bytes on a GPU under each way to shard.
     """
 
@@ -68,6 +69,9 @@ class StagePlan:
         if self.tokens is not None:
             total = training.batch_size * self.tokens
             yield f"tokens    at most {self.tokens} a video (square frames, no text), {total} a step"
+        elif self.config is not None:
+            each, fps = _frame_tokens(stage, self.config), stage.video.fps
+            yield f"tokens    {each * fps:g} for each second of a video ({fps:g} square frames of {each}), no most"
         shown = "samples are counted at the start" if self.num_samples is None else f"{self.num_samples} samples"
         epochs = f"{training.num_train_epochs:g} epochs" if training.max_steps < 0 else "max_steps"
         yield f"steps     {'?' if self.num_steps is None else self.num_steps} ({shown}, {epochs})"
@@ -78,9 +82,13 @@ class StagePlan:
             yield f"trains    {parts}; frozen {self.frozen / 1e6:.1f}M"
         if self.bytes_by_strategy:
             sizes = ", ".join(f"{name} {size / 1e9:.0f} GB" for name, size in self.bytes_by_strategy.items())
-            yield f"memory    about, on each GPU: {sizes}"
+            yield f"memory    about, on each GPU{'' if self.tokens is not None else self._longest_video}: {sizes}"
         for field in stage.missing():
             yield f"missing   {field}"
+
+    @property
+    def _longest_video(self) -> str:
+        return f", with videos that fill the model's {self.config.text_config.max_position_embeddings} positions"
 
 
 def plan_recipe(recipe: Recipe, num_processes: int = 1) -> list[StagePlan]:
@@ -112,7 +120,8 @@ def plan_stage(stage: Stage, config: VideoDecoderConfig | None, num_processes: i
         check_frame_features(config.frame_layout)
     trained, frozen = count_parameters(stage, config)
     video = square_video(stage, config)
-    tokens = count_video_tokens(video, layout=config.frame_layout)
+    has_most = config.frame_counts(stage.video.options) is not None
+    tokens = count_video_tokens(video, layout=config.frame_layout) if has_most else None
     sizes = estimate_bytes(stage, config, sum(trained.values()), frozen, num_processes)
     return StagePlan(stage, num_processes, accumulation, samples, steps, config, trained, frozen, tokens, sizes)
 
@@ -139,12 +148,24 @@ def count_samples(stage: Stage) -> int | None:
 
 
 def square_video(stage: Stage, config: VideoDecoderConfig) -> list[tuple[int, int]]:
-    """Grids of a video of square frames at the stage's ceilings."""
-    given = stage.video.options
-    edges = [given.get(name, getattr(config, name)) for name in ("longest_edge", "low_res_longest_edge")]
-    high, low = map(config.square_grid, edges)
-    num_high, num_low = config.frame_counts(given)
+    """Grids of a video of square frames at the stage's ceilings.
+
+    Where `video.fps` sets no most, the video and a caption fill the model's positions.
+    """
+    high, low = (_square_grid(stage, config, name) for name in ("longest_edge", "low_res_longest_edge"))
+    room = config.text_config.max_position_embeddings - TEXT_TOKENS
+    filling = max(1, room // _frame_tokens(stage, config)), 0
+    num_high, num_low = config.frame_counts(stage.video.options) or filling
     return [high] * num_high + [low] * num_low
+
+
+def _square_grid(stage: Stage, config: VideoDecoderConfig, edge: str) -> tuple[int, int]:
+    return config.square_grid(stage.video.options.get(edge, getattr(config, edge)))
+
+
+def _frame_tokens(stage: Stage, config: VideoDecoderConfig) -> int:
+    """Tokens of a large square frame."""
+    return config.frame_layout.count(_square_grid(stage, config, "longest_edge"))
 
 
 def count_parameters(stage: Stage, config: VideoDecoderConfig) -> tuple[dict[str, int], int]:
@@ -176,7 +197,7 @@ def estimate_bytes(
 ) -> dict[str, int]:
     """Estimated peak bytes on a GPU: weights, gradients, AdamW and activations of a micro-batch; DPO's reference, too.
 
-    Activations are those of square frames and a caption: what gradient checkpointing keeps of each layer and one layer
+    Activations are those of `square_video` and a caption: what gradient checkpointing keeps of each layer and one layer
     in full, or all layers in full, and the rows of logits that the loss has at a time. Fragmentation, the teacher and
     buffers of communication come on top.
     """

@@ -62,10 +62,11 @@ class MergeView:
         fates: Per frame, what became of its patches.
         captions: Per frame, what to write under it.
         layer_tokens: Tokens entering each layer.
-        steps: Layer of each merge step, and what it does in a few words.
+        steps: Layer of each merge step, and what it does in a few words; layer 0 for what merged before the decoder.
         layer: The layer after whose merge `fates` was read.
         title: One line.
         notes: Further lines under the title.
+        merged_before: Tokens of the input that do not enter layer 0, as they merged before it.
     """
 
     frames: Sequence[np.ndarray]
@@ -76,6 +77,12 @@ class MergeView:
     layer: int
     title: str
     notes: Sequence[str] = ()
+    merged_before: int = 0
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens before any merge."""
+        return self.layer_tokens[0] + self.merged_before
 
     @cached_property
     def num_patches(self) -> int:
@@ -96,7 +103,8 @@ class MergeView:
     def summary(self) -> str:
         """What is left, in one line."""
         share = self.num_kept / self.num_patches
-        return f"{self.num_kept} of {self.num_patches} patches left ({share:.0%}) after the merge at layer {self.layer}"
+        where = f"at layer {self.layer}" if self.layer else "before the decoder"
+        return f"{self.num_kept} of {self.num_patches} patches left ({share:.0%}) after the merge {where}"
 
 
 def read_fates(
@@ -292,25 +300,27 @@ def draw_layers(draw: ImageDraw.ImageDraw, box: Box, view: MergeView) -> None:
     """The per-layer token plot: tokens entering each layer, patches above the others, and the merge steps."""
     left, upper, width, height = _draw_panel(draw, box, "tokens entering each layer")
     top = _draw_entries(draw, (left, upper), ((PATCHES, "patches"), (OTHERS, "text, <FRAME>, <LINE>")))
-    marks = {0: f"{view.layer_tokens[0]} tokens"}
-    marks |= {layer: f"{text}: {view.layer_tokens[layer]}" for layer, text in sorted(view.steps.items())}
+    marks = [(0, f"{view.input_tokens} tokens")]
+    marks += [(layer, f"{text}: {view.layer_tokens[layer]}") for layer, text in sorted(view.steps.items())]
     floor = upper + height - SMALL - 8
     row = min(SMALL + 6, (floor - top) // (2 * len(marks)))  # the bars keep half of the height
-    scale = (floor - top - row * len(marks) - 6) / max(view.layer_tokens)
-    others, slot = view.layer_tokens[0] - view.num_patches, width / len(view.layer_tokens)
+    scale = (floor - top - row * len(marks) - 6) / view.input_tokens
+    others, slot = view.input_tokens - view.num_patches, width / len(view.layer_tokens)
     bar = max(1, min(round(slot * 0.72), 72))
     every = _label_every(slot)
     for layer, tokens in enumerate(view.layer_tokens):
         x = round(left + (layer + 0.5) * slot - bar / 2)
         split = floor - round(others * scale)
+        if layer == 0:  # what merged before it
+            _fill(draw, (x, floor - round(view.input_tokens * scale), x + bar, floor), RULE)
         _fill(draw, (x, floor - round(tokens * scale), x + bar, split), PATCHES)
         _fill(draw, (x, split, x + bar, floor), OTHERS)
         if layer % every == 0:
             write(draw, (x + bar / 2, floor + 6), str(layer), SMALL, FAINT, anchor="ma")
     draw.line((left, floor, left + width, floor), fill=RULE)
-    for number, (layer, text) in enumerate(marks.items()):
+    for number, (layer, text) in enumerate(marks):
         x, y = round(left + layer * slot), top + number * row
-        color = ACCENT if layer == view.layer else FAINT
+        color = ACCENT if number and layer == view.layer else FAINT
         if layer:
             _draw_dashes(draw, x, y, floor, color)
         to_right = font(SMALL).getlength(text) + 6 <= left + width - x

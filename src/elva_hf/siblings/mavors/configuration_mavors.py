@@ -145,6 +145,11 @@ class MavorsConfig(VideoDecoderConfig):
         return FrameLayout(frame_token=False, line_token=False, chunk_size=self.chunk_frames)
 
     @property
+    def input_similarity_threshold(self) -> float | None:
+        """Above which similarity tokens of neighbouring chunks merge before the aggregator."""
+        return self.chunk_similarity_threshold
+
+    @property
     def pixels_per_token(self) -> int:
         """Width of a row of `pixel_values_videos`: the pixels of one frame that a token stands for, and their place."""
         return 3 * self.patch_size**2 + HEADER
