@@ -219,6 +219,13 @@ def test_the_grid_is_filled_and_drawn(claims, tmp_path):
     assert Image.open(tmp_path / "out" / "needle-grid.png").size[0] > 400
 
 
+def test_the_title_of_a_heat_map_is_not_cut(claims):
+    grid = claims.needle_grid
+    result = {"lengths": [8], "depths": [0.0], "trained_frames": [8], "chance": 1 / 6, "mean": {"all": [[1.0]]}}
+    ink = np.asarray(grid.draw_grid(result).convert("L")) < 128
+    assert ink[:44].any() and not ink[:44, -20:].any()
+
+
 def test_a_heat_map_is_read_from_left_to_right_and_from_top_to_bottom(claims):
     grid = claims.needle_grid
     result = {"lengths": [8, 32], "depths": [0.0, 1.0], "trained_frames": [8, 16], "chance": 1 / 6}

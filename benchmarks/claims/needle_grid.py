@@ -237,7 +237,9 @@ def draw_grid(result: Mapping[str, Any]) -> Image.Image:
     """A heat map for each way of reading, side by side: frames across, depth downwards."""
     lengths, depths, ways = result["lengths"], result["depths"], list(result["mean"])
     panel = _CELL[0] * len(lengths)
-    width = _LEFT + len(ways) * panel + (len(ways) - 1) * _GAP + 24
+    title = "Needle in a haystack: share right by length of the video and depth of the needle"
+    written = ImageFont.load_default(_FINE * 20).getlength(title) / _FINE
+    width = max(_LEFT + len(ways) * panel + (len(ways) - 1) * _GAP, round(24 + written)) + 24
     height = _TOP + _CELL[1] * len(depths) + _FOOT
     image = Image.new("RGB", (_FINE * width, _FINE * height), PAPER)
     draw = ImageDraw.Draw(image)
@@ -246,7 +248,7 @@ def draw_grid(result: Mapping[str, Any]) -> Image.Image:
         font = ImageFont.load_default(_FINE * size)
         draw.text((_FINE * x, _FINE * y), text, font=font, fill=color, anchor=anchor)
 
-    write(24, 16, "Needle in a haystack: share right by length of the video and depth of the needle", 20, INK, "la")
+    write(24, 16, title, 20, INK, "la")
     write(24, 50, "depth", 15, FAINT, "la")
     for row, depth in enumerate(depths):
         write(_LEFT - 12, _TOP + _CELL[1] * (row + 0.5), f"{depth:g}", 15, FAINT, "rm")
