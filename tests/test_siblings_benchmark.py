@@ -227,6 +227,12 @@ def test_clips_start_from_inflated_weights_and_train_the_kernels_apart(scripts, 
         assert set(result[state]) == {"in order", "shuffled"}
 
 
+def test_a_clip_is_one_chunk_so_that_only_the_order_inside_it_tells(scripts, tokenizer):
+    claim = scripts.mavors_order.CLAIM
+    model = scripts.claims_trainer.build_model(claim.variants[0], 0, tokenizer)
+    assert claim.budget.frames == (model.config.chunk_frames,)
+
+
 def test_the_cost_of_shuffling_is_taken_within_a_seed(scripts):
     assert scripts.mavors_order._cost([0.5], [0.25]) == "+0.25"
     assert scripts.mavors_order._cost([0.5, 0.8], [0.25, 0.55]) == "+0.25 (+0.25 to +0.25)"
