@@ -231,6 +231,8 @@ def test_a_clip_is_one_chunk_so_that_only_the_order_inside_it_tells(scripts, tok
     claim = scripts.mavors_order.CLAIM
     model = scripts.claims_trainer.build_model(claim.variants[0], 0, tokenizer)
     assert claim.budget.frames == (model.config.chunk_frames,)
+    scenes = scripts.claims_worlds.WORLDS["scenes"].held_out(claim.budget, "test", 3, None)
+    assert all(scene.has_events for scene in scenes)
 
 
 def test_the_cost_of_shuffling_is_taken_within_a_seed(scripts):
