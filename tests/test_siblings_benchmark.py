@@ -218,7 +218,7 @@ def test_clips_start_from_inflated_weights_and_train_the_kernels_apart(scripts, 
         (path,) = (tmp_path / "weights").glob(f"{line['key']}.*")
         weights = load_file(path)
         kernels[line["variant"]["name"]] = weights["model.patch_embed.encoder.patch_embedding.weight"]
-    assert result["chunk_frames"] == kernels["images"].shape[2] == 4
+    assert result["chunk_frames"] == kernels["images"].shape[2] == order.CHUNK_FRAMES
     assert torch.equal(kernels["images"], kernels["images"][:, :, :1].expand_as(kernels["images"]))
     assert not torch.equal(kernels["clips"][:, :, 0], kernels["clips"][:, :, 1])
     page = order.make_page(json.loads(json.dumps(result)))
