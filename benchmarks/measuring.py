@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import json
@@ -98,11 +99,18 @@ def describe_device(device: str) -> str:
     return f"{os.cpu_count()}-core {kind} CPU".replace("  ", " ") + lacks
 
 
+def command_line(words: Sequence[str]) -> str:
+    """The command as others would give it: without `--out`, the folder that its results went to."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out")
+    return shlex.join(["python", *parser.parse_known_args(words)[1]])
+
+
 def provenance(device: str) -> dict[str, Any]:
     """What every result file carries: that it is measured, and with what."""
     return {
         "kind": "measured",
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(sys.argv),
         "device": run_in_fresh_process(describe_device, device),
         "commit": _commit(),
         "date": date.today().isoformat(),

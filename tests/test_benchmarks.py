@@ -227,3 +227,9 @@ def test_ratios_are_taken_round_by_round(scripts):
 def test_tables_keep_small_figures_readable(scripts):
     table = scripts.measuring.markdown_table(["a", "b"], [[0.01234, None], [123.456, "x"], [0.5, 7]])
     assert table.splitlines()[2:] == ["| 0.012 | - |", "| 123.5 | x |", "| 0.50 | 7 |"]
+
+
+@pytest.mark.parametrize("out", [["--out", "/some/where"], ["--out=/some/where"], []])
+def test_a_command_in_a_result_names_no_folder_of_the_one_who_ran_it(scripts, out):
+    words = ["benchmarks/prefill.py", "--only", "a", "b", *out, "--size", "tiny"]
+    assert scripts.measuring.command_line(words) == "python benchmarks/prefill.py --only a b --size tiny"
