@@ -73,8 +73,9 @@ the same frames shuffled inside their chunk. {num_seeds} seeds, teacher `{teache
 
 Means of seeds; the last column is what shuffling costs after training, in order less shuffled within a seed, with
 Student's 95 % interval. "Blind" is the best answerer that never looks. `motion/1` is scenes with one object. A clip is
-one chunk, so what `motion`, `moving`, `when` and `order` ask for lies in the order of its frames alone; `color` and
-`needle` need none of it and should not fall. Before the clips most words of these answers were never taught.
+one chunk, so what `when`, `order` and `motion` ask for lies in the order of its frames alone, except that the axis of a
+motion is seen without it, which leaves two ways to guess from. `moving` (does it move), `needle` and `color` need no
+order and should not fall. Before the clips most words of these answers were never taught.
 
 Measured: `{command}`, {device}, commit {commit}, {date}.
 """
