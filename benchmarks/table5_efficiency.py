@@ -149,7 +149,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=120, help="generated tokens, as in the paper; 0 for none")
     parser.add_argument("--cache-implementation", choices=("static",), help="of generation, for every row")
     parser.add_argument("--scaling", action="store_true", help="ELVA's rows alone, 8 to 256 frames, no generation")
-    parser.add_argument("--derived", action="store_true", help="FLOPs from the 7b shape alone; runs nothing")
+    parser.add_argument(
+        "--derived", action="store_true", help="FLOPs from the shapes alone, of 7b by default; runs nothing"
+    )
     return parser.parse_args()
 
 

@@ -134,6 +134,21 @@ def test_a_static_cache_of_ones_own_is_filled_and_goes_on(model):
 # compiled
 
 
+def decode_alike(model, step, inputs, plain, static, *, steps, atol):
+    """Decode greedily with a dynamic cache and, by `step`, with a static one, comparing logits; returns tokens seen."""
+    mask, token = inputs["attention_mask"], plain.logits[:, -1:].argmax(-1)
+    for _ in range(steps):
+        mask = grown(mask, 1)
+        given = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": True, "logits_to_keep": 1}
+        plain, static = (
+            run(**model.prepare_inputs_for_generation(token, 1, out.past_key_values, **given))
+            for run, out in ((model, plain), (step, static))
+        )
+        torch.testing.assert_close(static.logits, plain.logits, rtol=0, atol=atol)
+        token = plain.logits.argmax(-1)
+    return mask.shape[1]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("samples", [BUSY, BUSY[:1]], ids=["batch", "one"])
 @pytest.mark.parametrize("schedule", ["paper", "none"])
@@ -147,16 +162,7 @@ def test_a_compiled_step_is_one_graph_for_all_steps(model, samples, schedule):
     static = model(
         **inputs, past_key_values=static_cache(model, inputs), merge_schedule=SCHEDULES[schedule], logits_to_keep=1
     )
-    mask, token = inputs["attention_mask"], plain.logits[:, -1:].argmax(-1)
-    for _ in range(STEPS):
-        mask = grown(mask, 1)
-        given = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": True, "logits_to_keep": 1}
-        plain, static = (
-            run(**model.prepare_inputs_for_generation(token, 1, out.past_key_values, **given))
-            for run, out in ((model, plain), (step, static))
-        )
-        torch.testing.assert_close(static.logits, plain.logits, rtol=0, atol=1e-9)
-        token = plain.logits.argmax(-1)
+    decode_alike(model, step, inputs, plain, static, steps=STEPS, atol=1e-9)
     assert counter.frame_count == 1
 
 
@@ -171,17 +177,8 @@ def test_a_compiled_step_serves_prompts_that_merged_otherwise_before_the_decoder
         plain = model(**inputs, use_cache=True)
         static = model(**inputs, past_key_values=static_cache(model, inputs))
         merged.add(static.past_key_values.layers[0].merged)
-        mask, token = inputs["attention_mask"], plain.logits[:, -1:].argmax(-1)
-        for _ in range(2):
-            mask = grown(mask, 1)
-            given = {"attention_mask": mask, "position_ids": positions(mask), "use_cache": True, "logits_to_keep": 1}
-            plain, static = (
-                run(**model.prepare_inputs_for_generation(token, 1, out.past_key_values, **given))
-                for run, out in ((model, plain), (step, static))
-            )
-            torch.testing.assert_close(static.logits, plain.logits, rtol=0, atol=1e-4)
-            token = plain.logits.argmax(-1)
-        assert int(static.past_key_values.get_seq_length()) == mask.shape[1]
+        seen = decode_alike(model, step, inputs, plain, static, steps=2, atol=1e-4)
+        assert int(static.past_key_values.get_seq_length()) == seen
     assert len(merged) == 3 and counter.frame_count == 1
 
 

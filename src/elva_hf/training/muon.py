@@ -1,8 +1,8 @@
 """Muon for the matrices of the decoder's layers and AdamW for all else, behind the interface of one optimiser.
 
 Muon (`torch.optim.Muon`) makes every update of a matrix orthogonal, so that rare directions move as far as common ones.
-Embeddings, norms, biases and the patch embedding stay with AdamW, as is usual. On a CPU without
-products of bfloat16 matrices Muon takes those of float32, for the others were a third of a training step.
+Embeddings, norms, biases and the patch embedding stay with AdamW, as is usual. Muon multiplies in bfloat16, and in
+float32 on a CPU where that is faster.
 """
 
 from __future__ import annotations
